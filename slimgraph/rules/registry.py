@@ -1,0 +1,209 @@
+"""The registry of axis rules, and what a rule sees.
+
+A rule says for one ATen operator how the terms of its output follow from the terms of its inputs, and which terms must
+be equal. It receives the operator's arguments with every tensor replaced by its
+`Dims` (one term per dimension) and every symbolic size by a number, and a `Context` to unify, cut and freeze with.
+
+Registering a rule from outside the package takes a few lines:
+
+>>> from slimgraph.rules import rule
+>>> @rule("mylib.scaled_gate", golden="(* n), (* n) -> (* n)")
+... def scaled_gate(cx, x, gate):
+...     return cx.broadcast(x, gate)
+
+An operator without a rule freezes whatever flows through it, with the operator's name as the reason.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from slimgraph.axes import ONE, Axes, Term, size
+from slimgraph.errors import GraphError
+
+__all__ = ["Context", "Contraction", "Dims", "Resize", "Rule", "SizeOf", "find_rule", "operator_name", "rule", "rules"]
+
+Dims = tuple[Term, ...]
+SizeOf = Callable[[Term], int]
+Resize = Callable[[fx.Node, "Resizing"], None]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The axis rule of one operator.
+
+    Attributes:
+        apply: called with a `Context` and the operator's arguments; returns the output's dims, or a list of dims for an
+            operator with several outputs.
+        golden: the rule in one line, for people: letters are axes, `*` any number of leading axes.
+        resize: rewrites the node's size arguments after axes were cut; None when the operator has none.
+    """
+
+    apply: Callable[..., Any]
+    golden: str
+    resize: Resize | None = None
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A node sums over an axis that two of its inputs share.
+
+    Attributes:
+        node: the contracting node.
+        left, right: the nodes it reads; by convention `right` is the weight when there is one.
+        term: the axis that is summed away.
+        right_dim: where that axis lies in `right`.
+    """
+
+    node: fx.Node
+    left: fx.Node
+    right: fx.Node
+    term: Term
+    right_dim: int
+
+
+@dataclass(frozen=True)
+class Resizing:
+    """What a `resize` function may ask: the terms of a node, and the new size of a term."""
+
+    dims: Callable[[fx.Node], Any]
+    size_of: SizeOf
+    axes: Axes
+
+
+_RULES: dict[str, Rule] = {}
+
+
+def rule(*operators: str, golden: str, resize: Resize | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register an axis rule for operators, named like `aten.linear.default`, or `aten.linear` for all overloads."""
+
+    def register(apply: Callable[..., Any]) -> Callable[..., Any]:
+        for name in operators:
+            _RULES[name] = Rule(apply, golden, resize)
+        return apply
+
+    return register
+
+
+def rules() -> dict[str, Rule]:
+    """All registered rules by operator name."""
+    return dict(_RULES)
+
+
+def operator_name(node: fx.Node) -> str:
+    """`aten.linear.default` for an operator overload, the qualified Python name for anything else."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    if target is operator.getitem:
+        return "getitem"
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}".strip(".")
+
+
+def find_rule(node: fx.Node) -> Rule | None:
+    """The rule of the node's operator: of its overload, else of all overloads, else of pointwise operators."""
+    name = operator_name(node)
+    packet = name.rpartition(".")[0]
+    found = _RULES.get(name) or _RULES.get(packet)
+    if found is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        return _RULES["pointwise"]
+    return found
+
+
+@dataclass
+class Context:
+    """What a rule may do at one node.
+
+    Attributes:
+        axes: the algebra.
+        node: the node that is being analysed.
+        shapes: sizes of the node's output, or of each of its outputs.
+        symbolic: for each size in `shapes`, whether it is a batch or sequence size.
+        moving: nodes whose value depends on the model's input.
+    """
+
+    axes: Axes
+    node: fx.Node
+    shapes: list[tuple[int, ...]]
+    symbolic: list[tuple[bool, ...]]
+    moving: set[fx.Node]
+    contractions: list[Contraction]
+    statistics: list[tuple[fx.Node, Term]]
+    heads: list[Term]
+    created: dict[fx.Node, Dims]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the node's only (or first) output."""
+        return self.shapes[0]
+
+    def fresh(self, dim: int, label: str, output: int = 0) -> Term:
+        """A new axis for a dimension of the output; batch and sequence sizes are frozen."""
+        n = self.shapes[output][dim]
+        if self.symbolic[output][dim]:
+            return self.axes.atom(n, "data", "batch or sequence")
+        return self.axes.atom(n, label)
+
+    def frozen(self, dim: int, reason: str, output: int = 0) -> Term:
+        """A new axis for a dimension of the output that must not be cut."""
+        term = self.fresh(dim, "fixed", output)
+        self.axes.freeze(term, reason)
+        return term
+
+    def freeze(self, term: Term, reason: str) -> None:
+        """Forbid cutting an axis, saying at which node and why."""
+        self.axes.freeze(term, f"{reason} ({operator_name(self.node)} at {self.node.name})")
+
+    def unify(self, first: Term, second: Term) -> None:
+        """Say that two axes are the same."""
+        self.axes.unify(first, second)
+
+    def broadcast(self, *tensors: Dims) -> Dims:
+        """Dims of an elementwise operation: aligned from the right, size 1 stretches, the rest is unified."""
+        rank = max((len(t) for t in tensors), default=0)
+        result: list[Term] = []
+        for i in range(-rank, 0):
+            terms = [t[i] for t in tensors if len(t) >= -i and size(t[i]) != 1]
+            for other in terms[1:]:
+                self.unify(terms[0], other)
+            result.append(self.axes.find(terms[0]) if terms else ONE)
+        return tuple(result)
+
+    def contract(self, left: Term, right: Term, left_arg: int, right_arg: int, right_dim: int) -> None:
+        """Unify two axes that are summed over, and remember the contraction."""
+        self.unify(left, right)
+        a, b = self.argument(left_arg), self.argument(right_arg)
+        self.contractions.append(Contraction(self.node, a, b, left, right_dim))
+
+    def argument(self, index: int) -> fx.Node:
+        """The node that is the operator's index-th argument."""
+        value = self.node.args[index]
+        if not isinstance(value, fx.Node):
+            raise GraphError(f"{self.node.name}: argument {index} of {operator_name(self.node)} is not a tensor")
+        return value
+
+    def batch_of_activations(self, terms: Sequence[Term], left_arg: int, right_arg: int) -> None:
+        """Note axes over which two activations are multiplied separately: this is what makes an axis one of heads."""
+        if {self.argument(left_arg), self.argument(right_arg)} <= self.moving:
+            self.heads.extend(t for t in terms if size(t) > 1)
+
+    def statistic(self, term: Term) -> None:
+        """Note an axis over which a mean or variance is taken: cutting it changes the statistic."""
+        self.statistics.append((self.node, term))
+
+    def create(self, dims: Dims) -> Dims:
+        """Note a tensor that the graph makes itself; its axes are cut like those of a parameter."""
+        self.created[self.node] = dims
+        return dims
+
+    def reason(self, term: Term) -> str:
+        """Why a term is frozen."""
+        return next((a.frozen for a in self.axes.atoms(term) if a.frozen), "frozen")
+
+
