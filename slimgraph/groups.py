@@ -1,0 +1,435 @@
+"""Groups, sites and layers, read off an analysed graph.
+
+A *group* is an atom with every place it occurs at: positions that are cut together or not at all. A *site* is a
+projection that sums a group away; after units are removed there, its weight is refitted. A *layer* is one of the
+repeated blocks; which one a site belongs to follows from where in the module tree its node was traced.
+
+All of this is structure, never names: names of parameters serve to label what was found.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import networkx as nx
+from torch import fx
+
+from slimgraph.analysis import Analysis, Refusal, analyse
+from slimgraph.axes import Atom, Concat, Product, Term, size
+from slimgraph.errors import PlanError
+from slimgraph.rules import Contraction, operator_name
+from slimgraph.trace import module_path
+
+__all__ = ["Group", "Occurrence", "Origin", "Site", "Structure", "infer"]
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """A place where a group occurs.
+
+    Attributes:
+        source: parameter, buffer, or graph node that makes a tensor.
+        dim: dimension of that tensor.
+        place: path into the dimension's term, outermost first; () when the group is the whole dimension.
+    """
+
+    source: str
+    dim: int
+    place: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Positions that are cut together.
+
+    Attributes:
+        name: a site's or another parameter's dimension, like `decoder.0.out.weight[1]`, with the place in its term.
+        units: number of positions.
+        kind: "residual" (the stream that all layers read and write), "heads", "channels", or "inner" (positions inside
+            heads, and whatever else no site removes whole).
+        layer: index of the layer, None for a group of several layers or of none.
+        frozen: why it must not be cut, or None.
+        occurrences: every place where it occurs.
+        statistics: nodes that take a mean or variance over it; cutting changes what they compute.
+    """
+
+    name: str
+    units: int
+    kind: str
+    layer: int | None
+    frozen: str | None
+    occurrences: tuple[Occurrence, ...]
+    statistics: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A projection whose output holds units of a site: its parameter, the dimension that is cut, and its node.
+
+    `reads` is the node whose value it multiplies, `in_dim` the parameter's contracted dimension.
+    """
+
+    parameter: str
+    dim: int
+    in_dim: int
+    node: str
+    reads: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """A projection that sums units away.
+
+    Attributes:
+        name: its parameter and the dimension that is summed, like `decoder.0.out.weight[1]`.
+        kind: "heads" or "channels".
+        layer: index of the layer, or None.
+        node: the contracting graph node.
+        reads: the node whose value it multiplies: the site's input.
+        parameter: the weight; `in_dim` is its contracted dimension, `out_dim` the other one.
+        bias: the bias parameter, or None.
+        channels: size of the contracted axis.
+        structure: the axis as a term, for people.
+        groups: names of the groups whose units are removed here, outermost first. Two for grouped-query attention: kv
+            groups, and heads within a kv group.
+        origins: the projections that produce the units.
+        writes_residual: whether the output goes to the residual stream.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    node: str
+    reads: str
+    parameter: str
+    in_dim: int
+    out_dim: int
+    bias: str | None
+    channels: int
+    structure: str
+    groups: tuple[str, ...]
+    origins: tuple[Origin, ...]
+    writes_residual: bool
+
+
+@dataclass
+class Structure:
+    """Everything inferred from one graph.
+
+    Attributes:
+        groups: by name, in graph order.
+        sites: in graph order.
+        layers: module path of each layer, by index.
+        refusals: operators without a rule that froze something.
+        tied: parameter -> number of nodes that read it, where there are several.
+        analysis: the terms behind it all.
+    """
+
+    groups: dict[str, Group]
+    sites: list[Site]
+    layers: list[str]
+    refusals: list[Refusal]
+    analysis: Analysis
+    tied: dict[str, int] = field(default_factory=dict)
+    atom_groups: dict[Atom, str] = field(default_factory=dict, repr=False)
+
+    def group(self, name: str) -> Group:
+        """The group of that name.
+
+        Raises:
+            PlanError: there is none.
+        """
+        if name not in self.groups:
+            raise PlanError(f"no group is called {name!r}; `slimgraph inspect` lists the {len(self.groups)} groups there are")
+        return self.groups[name]
+
+    def atom(self, name: str) -> Atom:
+        """The atom behind a group."""
+        return next(a for a, n in self.atom_groups.items() if n == name)
+
+    def prunable_sites(self) -> list[Site]:
+        """Sites that automatic pruning works on: they write to the residual stream and alone remove their units."""
+        alone: dict[str, int] = {}
+        for site in self.sites:
+            for g in site.groups:
+                alone[g] = alone.get(g, 0) + 1
+        return [
+            s
+            for s in self.sites
+            if s.writes_residual
+            and s.layer is not None
+            and all(alone[g] == 1 and not self.groups[g].statistics for g in s.groups)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able description: groups, sites, layers, refusals."""
+        return {
+            "layers": self.layers,
+            "groups": [asdict(g) for g in self.groups.values()],
+            "sites": [asdict(s) for s in self.sites],
+            "refusals": [asdict(r) for r in self.refusals],
+            "tied": self.tied,
+        }
+
+    def to_networkx(self) -> nx.Graph:
+        """Groups and tensors as a bipartite graph; an edge is an occurrence, a site's edge is marked."""
+        graph = nx.Graph()
+        for group in self.groups.values():
+            graph.add_node(
+                group.name, type="group", units=group.units, kind=group.kind, layer=_none(group.layer), frozen=group.frozen or ""
+            )
+            for o in group.occurrences:
+                graph.add_node(o.source, type="tensor")
+                graph.add_edge(group.name, o.source, dim=o.dim, site=False)
+        for site in self.sites:
+            for name in site.groups:
+                graph.edges[name, site.parameter]["site"] = True
+        return graph
+
+
+def infer(graph_module: fx.GraphModule) -> Structure:
+    """Find groups, sites and layers of a traced graph; see `slimgraph.analysis.analyse` for errors."""
+    return _Builder(analyse(graph_module)).build()
+
+
+def _none(value: int | None) -> int:
+    return -1 if value is None else value
+
+
+def _leaves(term: Term, place: tuple[int, ...] = ()) -> Iterator[tuple[Atom, tuple[int, ...]]]:
+    match term:
+        case Atom():
+            yield term, place
+        case Product(children) | Concat(children):
+            for i, child in enumerate(children):
+                yield from _leaves(child, (*place, i))
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """A contraction of an activation with a parameter, in any of its spellings."""
+
+    contraction: Contraction
+    parameter: str
+    in_dim: int
+    out_dim: int | None
+
+
+class _Builder:
+    def __init__(self, analysis: Analysis) -> None:
+        self.analysis = analysis
+        self.axes = analysis.axes
+        self.sources = {name: tuple(self.axes.find(t) for t in dims) for name, dims in analysis.sources.items()}
+        self.layers: dict[str, int] = {}
+        self.projections = [p for c in analysis.contractions if (p := self._projection(c)) is not None]
+
+    def build(self) -> Structure:
+        for node in self.analysis.graph_module.graph.nodes:
+            self._layer_of_path(module_path(node))
+        places = self._places()
+        residual = self._residual_atoms(places)
+        heads = {a for t in self.analysis.heads for a in self.axes.atoms(t) if a.frozen is None}
+        found = [s for p in self.projections if (s := self._site_atoms(p, residual, heads)) is not None]
+        names = self._names(places, found)
+        statistics = self._statistics()
+        site_atoms = {a for _, atoms in found for a in atoms}
+        groups = {
+            names[atom]: Group(
+                name=names[atom],
+                units=atom.size,
+                kind=_kind(atom, residual, heads, site_atoms),
+                layer=self._layer_of_group(atom, occurrences, residual),
+                frozen=atom.frozen,
+                occurrences=tuple(occurrences),
+                statistics=tuple(statistics.get(atom, ())),
+            )
+            for atom, occurrences in places.items()
+        }
+        sites = [self._site(p, atoms, names, heads, residual) for p, atoms in found]
+        readers = {str(n.target): 0 for n in self.analysis.graph_module.graph.nodes if n.op == "get_attr"}
+        for n in self.analysis.graph_module.graph.nodes:
+            if n.op == "get_attr":
+                readers[str(n.target)] += len(n.users)
+        return Structure(
+            groups=groups,
+            sites=sites,
+            layers=list(self.layers),
+            refusals=self.analysis.refusals,
+            analysis=self.analysis,
+            tied={k: v for k, v in readers.items() if v > 1},
+            atom_groups=names,
+        )
+
+    # -- layers ---------------------------------------------------------------------------------------------------
+
+    def _layer_of_path(self, path: str) -> int | None:
+        """Blocks are repeated under a number; the outermost number in a module path is the block's."""
+        match = re.match(r"(.*?(?:^|\.)\d+)(?:\.|$)", path)
+        return None if match is None else self.layers.setdefault(match[1], len(self.layers))
+
+    def _layer_of_group(self, atom: Atom, occurrences: list[Occurrence], residual: set[Atom]) -> int | None:
+        if atom in residual:
+            return None
+        layers = {self._layer_of_path(o.source) for o in occurrences}
+        return layers.pop() if len(layers) == 1 else None
+
+    # -- places ---------------------------------------------------------------------------------------------------
+
+    def _places(self) -> dict[Atom, list[Occurrence]]:
+        places: dict[Atom, list[Occurrence]] = {}
+        for name, dims in self.sources.items():
+            for dim, term in enumerate(dims):
+                for atom, place in _leaves(term):
+                    if atom.size > 1 and not (atom.frozen or "").startswith("batch or"):
+                        places.setdefault(atom, []).append(Occurrence(name, dim, place))
+        return places
+
+    def _statistics(self) -> dict[Atom, list[str]]:
+        taken: dict[Atom, list[str]] = {}
+        for node, term in self.analysis.statistics:
+            for atom in self.axes.atoms(term):
+                taken.setdefault(atom, []).append(node.name)
+        return taken
+
+    # -- projections and sites ------------------------------------------------------------------------------------
+
+    def _projection(self, c: Contraction) -> _Projection | None:
+        found = _parameter_behind(c.right, c.right_dim)
+        if found is None or c.left not in self.analysis.moving:
+            return None
+        name, in_dim = found
+        rank = len(self.sources[name])
+        return _Projection(c, name, in_dim, 1 - in_dim if rank == 2 else None)
+
+    def _residual_atoms(self, places: dict[Atom, list[Occurrence]]) -> set[Atom]:
+        """The residual stream: whole outputs of several projections, read again by projections, across layers."""
+        written: dict[Atom, int] = {}
+        read: set[Atom] = set()
+        for p in self.projections:
+            out = self._output(p)
+            if isinstance(out, Atom):
+                written[out] = written.get(out, 0) + 1
+            term = self.axes.find(p.contraction.term)
+            if isinstance(term, Atom):
+                read.add(term)
+        outside = {
+            a for a, occurrences in places.items() if any(self._layer_of_path(o.source) is None for o in occurrences)
+        }
+        return {a for a, times in written.items() if times > 1 and a in read and a in outside}
+
+    def _output(self, p: _Projection) -> Term | None:
+        return None if p.out_dim is None else self.sources[p.parameter][p.out_dim]
+
+    def _site_atoms(
+        self, p: _Projection, residual: set[Atom], heads: set[Atom]
+    ) -> tuple[_Projection, tuple[Atom, ...]] | None:
+        """The atoms whose units are removed at a projection: its heads if it has any, else its only atom."""
+        if p.out_dim is None:
+            return None
+        term = self.axes.find(p.contraction.term)
+        if isinstance(term, Atom):
+            return (p, (term,)) if term not in residual and term.frozen is None else None
+        if not isinstance(term, Product):
+            return None
+        outer = tuple(f for f in term.factors if isinstance(f, Atom) and f in heads)
+        return (p, outer) if outer and len(outer) <= 2 and outer == term.factors[: len(outer)] else None
+
+    def _site(
+        self, p: _Projection, atoms: tuple[Atom, ...], names: dict[Atom, str], heads: set[Atom], residual: set[Atom]
+    ) -> Site:
+        assert p.out_dim is not None
+        node = p.contraction.node
+        term = self.axes.find(p.contraction.term)
+        out = self._output(p)
+        return Site(
+            name=f"{p.parameter}[{p.in_dim}]",
+            kind="heads" if atoms[0] in heads else "channels",
+            layer=self._layer_of_path(module_path(node) or p.parameter),
+            node=node.name,
+            reads=p.contraction.left.name,
+            parameter=p.parameter,
+            in_dim=p.in_dim,
+            out_dim=p.out_dim,
+            bias=_bias(node),
+            channels=size(term),
+            structure=_plain(term),
+            groups=tuple(names[a] for a in atoms),
+            origins=tuple(self._origins(atoms)),
+            writes_residual=isinstance(out, Atom) and out in residual,
+        )
+
+    def _origins(self, atoms: tuple[Atom, ...]) -> Iterator[Origin]:
+        for q in self.projections:
+            out = self._output(q)
+            if out is not None and q.out_dim is not None and any(a in atoms for a in self.axes.atoms(out)):
+                c = q.contraction
+                yield Origin(q.parameter, q.out_dim, q.in_dim, c.node.name, c.left.name)
+
+    # -- names ----------------------------------------------------------------------------------------------------
+
+    def _names(
+        self, places: dict[Atom, list[Occurrence]], found: list[tuple[_Projection, tuple[Atom, ...]]]
+    ) -> dict[Atom, str]:
+        """A group is called after its site, else after the first place where it occurs."""
+        names: dict[Atom, str] = {}
+        for p, atoms in found:
+            for o_atom in atoms:
+                place = next(o for o in places[o_atom] if (o.source, o.dim) == (p.parameter, p.in_dim))
+                names.setdefault(o_atom, _label(place))
+        for atom, occurrences in places.items():
+            names.setdefault(atom, _label(occurrences[0]))
+        return names
+
+
+def _kind(atom: Atom, residual: set[Atom], heads: set[Atom], site_atoms: set[Atom]) -> str:
+    if atom in residual:
+        return "residual"
+    if atom in heads:
+        return "heads"
+    return "channels" if atom in site_atoms else "inner"
+
+
+def _label(o: Occurrence) -> str:
+    return f"{o.source}[{o.dim}]" + "".join(f".{i}" for i in o.place)
+
+
+def _plain(term: Term) -> str:
+    match term:
+        case Atom():
+            return str(term.size)
+        case Product(factors):
+            return " × ".join(f"({_plain(f)})" if isinstance(f, Concat) else _plain(f) for f in factors)
+        case Concat(parts):
+            return " | ".join(_plain(p) for p in parts)
+
+
+def _parameter_behind(node: fx.Node, dim: int) -> tuple[str, int] | None:
+    """Follow casts and transposes back to a parameter; None when something else lies between."""
+    while node.op != "get_attr":
+        name = operator_name(node).removeprefix("aten.").partition(".")[0]
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node):
+            return None
+        rank = len(node.meta["val"].shape)
+        if name in ("t", "numpy_T", "mT"):
+            dim = {rank - 1: rank - 2, rank - 2: rank - 1}.get(dim, dim)
+        elif name == "transpose":
+            first, second = (int(a) % rank for a in node.args[1:3])  # type: ignore[arg-type]
+            dim = {first: second, second: first}.get(dim, dim)
+        elif name == "permute":
+            dim = int(node.args[1][dim]) % rank  # type: ignore[index, arg-type]
+        elif name not in ("to", "_to_copy", "clone", "contiguous", "detach", "alias"):
+            return None
+        node = source
+    return str(node.target), dim
+
+
+def _bias(node: fx.Node) -> str | None:
+    position = {"aten.linear.default": 2, "aten.addmm.default": 0}.get(operator_name(node))
+    if position is None or len(node.args) <= position:
+        return None
+    found = node.args[position]
+    return str(found.target) if isinstance(found, fx.Node) and found.op == "get_attr" else None

@@ -1,0 +1,230 @@
+"""Streamed statistics of activations: what calibration keeps instead of the activations themselves.
+
+Scores and fits need the token count, the mean and the centred second moments of a site's input, and nothing else. All
+three are additive, so batches, shards and ranks can be taken in any order and put together afterwards.
+
+Everything accumulates in float64. Within one batch the rows are centred first and multiplied afterwards, so that a mean
+far from zero costs no digits: the product of the centred rows is taken in float32 for float32, bfloat16 and float16
+activations (which are upcast first), in float64 for float64 activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimgraph.errors import CalibrationError, NumericsError
+
+__all__ = ["Moments", "Norms"]
+
+
+@dataclass(eq=False)
+class Moments:
+    """Count, mean and centred second moments of rows of activations.
+
+    Attributes:
+        count: number of tokens seen.
+        mean: (channels,) float64.
+        scatter: (channels, channels) float64, the sum over tokens of (x - mean)(x - mean)ᵀ.
+
+    Example:
+        >>> moments = Moments.of(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+        >>> moments.count, moments.mean.tolist(), moments.covariance.tolist()
+        (2, [2.0, 0.0], [[1.0, 0.0], [0.0, 0.0]])
+    """
+
+    count: int
+    mean: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def empty(cls, channels: int, device: torch.device | str | None = None) -> Moments:
+        """Moments of no tokens, to be updated."""
+        mean = torch.zeros(channels, dtype=torch.float64, device=device)
+        scatter = torch.zeros(channels, channels, dtype=torch.float64, device=device)
+        return cls(count=0, mean=mean, scatter=scatter)
+
+    @classmethod
+    def of(cls, x: Tensor) -> Moments:
+        """Moments of one tensor of activations.
+
+        Args:
+            x: (..., channels), floating point.
+        """
+        moments = cls.empty(x.shape[-1], device=x.device)
+        moments.update(x)
+        return moments
+
+    def update(self, x: Tensor) -> None:
+        """Add the tokens of `x`, in place.
+
+        Args:
+            x: (..., channels), floating point, any leading shape; no tokens at all is allowed and changes nothing.
+
+        Raises:
+            NumericsError: `x` holds NaN or infinity, or values so large that their squares overflow. The moments are
+                then as they were before.
+        """
+        rows = _as_rows(x, len(self.mean))
+        if not len(rows):
+            return
+        # Any shift near the mean serves: what it misses is put right in float64 below.
+        shift = rows.mean(0)
+        rows = rows - shift
+        residue = rows.mean(0, dtype=torch.float64)
+        scatter = rows.mT @ rows
+        _check_finite(residue + scatter.diagonal())
+
+        self._absorb(len(rows), shift + residue, scatter)
+        self.scatter.addr_(residue, residue, alpha=-len(rows))
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of the tokens of both, as a new object (pairwise update of Chan, Golub and LeVeque, 1983)."""
+        merged = Moments(self.count, self.mean.clone(), self.scatter.clone())
+        merged._absorb(other.count, other.mean, other.scatter)
+        return merged
+
+    def restrict(self, index: Tensor) -> Moments:
+        """Moments of the chosen channels only, in the order given.
+
+        Args:
+            index: (n,) int64 channel indices.
+        """
+        scatter = self.scatter.index_select(0, index).index_select(1, index)
+        return Moments(self.count, self.mean.index_select(0, index), scatter)
+
+    def require_tokens(self) -> None:
+        """Raise CalibrationError when no token has been seen, for callers that read `mean` or `scatter` directly."""
+        _require_tokens(self.count)
+
+    @property
+    def covariance(self) -> Tensor:
+        """(channels, channels) float64 population covariance: scatter / count.
+
+        Raises:
+            CalibrationError: no token has been seen.
+        """
+        self.require_tokens()
+        return self.scatter / self.count
+
+    @property
+    def gram(self) -> Tensor:
+        """(channels, channels) float64 XᵀX, not centred.
+
+        Raises:
+            CalibrationError: no token has been seen.
+        """
+        self.require_tokens()
+        return torch.addr(self.scatter, self.mean, self.mean, alpha=self.count)
+
+    @property
+    def norms(self) -> Tensor:
+        """(channels,) float64 L2 norm of each channel over the tokens, not centred.
+
+        Raises:
+            CalibrationError: no token has been seen.
+        """
+        self.require_tokens()
+        # Rounding can leave a constant channel's scatter just below zero.
+        return (self.scatter.diagonal().clamp(min=0) + self.count * self.mean.square()).sqrt()
+
+    def _absorb(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        """Add `count` tokens of known mean and scatter, in place."""
+        if count == 0:
+            return
+        total = self.count + count
+        step = mean - self.mean
+        self.scatter += scatter
+        self.scatter.addr_(step, step, alpha=self.count * count / total)
+        self.mean += step * (count / total)
+        self.count = total
+
+
+@dataclass(eq=False)
+class Norms:
+    """Count and sum of squares per feature: all that is needed of an input whose second moments nobody asks for.
+
+    Attributes:
+        count: number of tokens seen.
+        squares: (features,) float64, the sum over tokens of x².
+
+    Example:
+        >>> Norms.of(torch.tensor([[3.0, 1.0], [4.0, 0.0]])).norms.tolist()
+        [5.0, 1.0]
+    """
+
+    count: int
+    squares: Tensor
+
+    @classmethod
+    def empty(cls, features: int, device: torch.device | str | None = None) -> Norms:
+        """Norms of no tokens, to be updated."""
+        return cls(count=0, squares=torch.zeros(features, dtype=torch.float64, device=device))
+
+    @classmethod
+    def of(cls, x: Tensor) -> Norms:
+        """Norms of one tensor of activations.
+
+        Args:
+            x: (..., features), floating point.
+        """
+        norms = cls.empty(x.shape[-1], device=x.device)
+        norms.update(x)
+        return norms
+
+    def update(self, x: Tensor) -> None:
+        """Add the tokens of `x`, in place.
+
+        Args:
+            x: (..., features), floating point, any leading shape; no tokens at all is allowed and changes nothing.
+
+        Raises:
+            NumericsError: `x` holds NaN or infinity, or values so large that their squares overflow. The norms are then
+                as they were before.
+        """
+        rows = _as_rows(x, len(self.squares))
+        squares = rows.square().sum(0, dtype=torch.float64)
+        _check_finite(squares)
+        self.squares += squares
+        self.count += len(rows)
+
+    def merge(self, other: Norms) -> Norms:
+        """Norms over the tokens of both, as a new object."""
+        return Norms(self.count + other.count, self.squares + other.squares)
+
+    @property
+    def norms(self) -> Tensor:
+        """(features,) float64 L2 norm of each feature over the tokens.
+
+        Raises:
+            CalibrationError: no token has been seen.
+        """
+        _require_tokens(self.count)
+        return self.squares.sqrt()
+
+
+def _as_rows(x: Tensor, channels: int) -> Tensor:
+    """View x as (tokens, channels) in the dtype to compute in."""
+    if not x.is_floating_point() or x.shape[-1:] != (channels,):
+        raise ValueError(f"expected floating-point activations (..., {channels}), got {x.dtype} {tuple(x.shape)}")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.detach().reshape(x.shape[:-1].numel(), channels).to(dtype)
+
+
+def _check_finite(per_channel: Tensor) -> None:
+    """Refuse a batch by a per-channel statistic of it, which NaN and infinity in any of its rows reach."""
+    finite = torch.isfinite(per_channel)
+    if finite.all():
+        return
+    bad = (~finite).nonzero().flatten()
+    raise NumericsError(
+        f"activations are NaN, infinite or too large to square in {len(bad)} of {len(finite)} channels (the first is "
+        f"channel {int(bad[0])}), expected finite values; run the model in bfloat16 or float32, or check its weights"
+    )
+
+
+def _require_tokens(count: int) -> None:
+    if count == 0:
+        raise CalibrationError("statistics of no tokens were asked for; calibrate with at least one token first")

@@ -1,0 +1,250 @@
+"""A plan: which units of which groups are kept. Pure data, JSON in and out; what it does to a model is worked out here.
+
+A plan keeps, per group, the same units everywhere; or, *within* another group, for each of its units a list of its own
+(balanced heads: every kv group keeps the same number of heads, but which ones may differ).
+
+>>> plan = Plan({"out.weight[1]": Cut(units=6, keep=((0, 2, 5),))})
+>>> Plan.from_json(plan.to_json()) == plan
+True
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimgraph.axes import Atom, Concat, Product, Term
+from slimgraph.errors import PlanError
+from slimgraph.groups import Structure
+
+__all__ = ["Cut", "Plan", "Resolved", "resolve"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is kept of one group.
+
+    Attributes:
+        units: size of the group before, so that a plan for another model is noticed.
+        keep: ascending unit indices that stay; one row, or one row per unit of the group `within`, all equally long.
+        within: the group on whose unit the row depends, or None.
+    """
+
+    units: int
+    keep: tuple[tuple[int, ...], ...]
+    within: str | None = None
+
+    @property
+    def kept(self) -> int:
+        """How many units stay (of each row)."""
+        return len(self.keep[0])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is kept of every group that is cut; groups that are not named stay whole."""
+
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
+
+    def merged(self, other: Plan) -> Plan:
+        """This plan with another's cuts added.
+
+        Raises:
+            PlanError: both cut the same group.
+        """
+        twice = self.cuts.keys() & other.cuts.keys()
+        if twice:
+            raise PlanError(f"group {min(twice)!r} is cut by both plans; a group can be cut once")
+        return Plan({**self.cuts, **other.cuts})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            name: {"units": c.units, "keep": [list(r) for r in c.keep], "within": c.within}
+            for name, c in self.cuts.items()
+        }
+
+    def to_json(self) -> str:
+        """One JSON document."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            PlanError: the data has another form.
+        """
+        try:
+            return cls(
+                {
+                    str(name): Cut(int(c["units"]), tuple(tuple(int(u) for u in row) for row in c["keep"]), c["within"])
+                    for name, c in data.items()
+                }
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(
+                f"not a plan ({type(error).__name__}: {error}); expected "
+                '{group: {"units": n, "keep": [[unit, ...]], "within": group or null}}'
+            ) from error
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what `to_json` wrote; see `from_dict` for errors."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"not a plan: not JSON ({error})") from error
+        return cls.from_dict(data)
+
+
+@dataclass
+class Resolved:
+    """A validated plan, applied to the terms of one structure.
+
+    Attributes:
+        structure: what the plan was checked against.
+        plan: the plan.
+        selections: source -> dimension -> (n_kept,) int64 positions that stay; only dimensions that lose some.
+    """
+
+    structure: Structure
+    plan: Plan
+    selections: dict[str, dict[int, Tensor]]
+    _kept: dict[Atom, int]
+
+    def size_of(self, term: Term) -> int:
+        """Size of a term after the cut."""
+        found = self.structure.analysis.axes.find(term)
+        match found:
+            case Atom():
+                return self._kept.get(found, found.size)
+            case Product(factors):
+                return math.prod(self.size_of(f) for f in factors)
+            case Concat(parts):
+                return sum(self.size_of(p) for p in parts)
+
+    def shape(self, source: str) -> tuple[int, ...]:
+        """Shape of a parameter, buffer or created tensor after the cut."""
+        return tuple(self.size_of(t) for t in self.structure.analysis.sources[source])
+
+    def select(self, source: str, tensor: Tensor) -> Tensor:
+        """The part of a parameter or buffer that stays; the tensor itself when all of it does."""
+        for dim, positions in self.selections.get(source, {}).items():
+            tensor = tensor.index_select(dim, positions.to(tensor.device))
+        return tensor
+
+
+def resolve(structure: Structure, plan: Plan) -> Resolved:
+    """Check a plan against a structure and work out every selection.
+
+    Raises:
+        PlanError: an unknown or frozen group, a group of another size, units out of range or out of order, rows of unequal
+            length, or a choice that depends on a group which is not there everywhere.
+    """
+    masks: dict[Atom, Tensor] = {}
+    outer: dict[Atom, Atom | None] = {}
+    for name, cut in plan.cuts.items():
+        atom = _checked(structure, name, cut)
+        masks[atom] = torch.zeros(len(cut.keep), atom.size, dtype=torch.bool)
+        for row, kept in enumerate(cut.keep):
+            masks[atom][row, list(kept)] = True
+        outer[atom] = structure.atom(cut.within) if cut.within else None
+        if cut.within:
+            _check_within(structure, name, atom, cut.within)
+    selections: dict[str, dict[int, Tensor]] = {}
+    for source, dims in structure.analysis.sources.items():
+        for dim, term in enumerate(dims):
+            positions = _positions(structure, term, masks, outer)
+            if positions is not None:
+                selections.setdefault(source, {})[dim] = positions
+    return Resolved(structure, plan, selections, {a: int(m[0].sum()) for a, m in masks.items()})
+
+
+def _checked(structure: Structure, name: str, cut: Cut) -> Atom:
+    group = structure.group(name)
+    if group.frozen:
+        raise PlanError(f"group {name!r} is frozen and cannot be cut: {group.frozen}")
+    if cut.units != group.units:
+        raise PlanError(f"group {name!r} has {group.units} units; the plan was made for {cut.units}")
+    rows = structure.group(cut.within).units if cut.within else 1
+    if len(cut.keep) != rows:
+        raise PlanError(f"group {name!r}: found {len(cut.keep)} rows of units, expected {rows}")
+    for row in cut.keep:
+        if len(row) != cut.kept or not row:
+            raise PlanError(f"group {name!r}: every row must keep the same number of units, at least one; found {row}")
+        if list(row) != sorted(set(row)) or row[0] < 0 or row[-1] >= group.units:
+            raise PlanError(f"group {name!r}: units must ascend within 0..{group.units - 1}; found {row}")
+    return structure.atom(name)
+
+
+def _check_within(structure: Structure, name: str, atom: Atom, within: str) -> None:
+    """A choice that differs from unit to unit of another group is sound where that group is always at hand."""
+    other = structure.atom(within)
+    analysis = structure.analysis
+    for where, dims in [*analysis.sources.items(), *((n.name, analysis.dims[n]) for n in analysis.dims)]:
+        for terms in dims if isinstance(dims, list) else [dims or ()]:
+            present = {a for t in terms for a in analysis.axes.atoms(t)}
+            if atom in present and other not in present:
+                raise PlanError(
+                    f"group {name!r} cannot be cut differently for each unit of {within!r}: {where} holds the one without "
+                    "the other. Keep the same units for all"
+                )
+
+
+def _positions(
+    structure: Structure, term: Term, masks: dict[Atom, Tensor], outer: dict[Atom, Atom | None]
+) -> Tensor | None:
+    """Positions of a term that stay; None when all do."""
+    axes = structure.analysis.axes
+    if not any(a in masks for a in axes.atoms(term)):
+        return None
+    coordinates = _coordinates(axes.find(term))
+    n = len(next(iter(coordinates.values()))[0])
+    stays = torch.ones(n, dtype=torch.bool)
+    for atom, mask in masks.items():
+        for at in coordinates.get(atom, []):
+            row = torch.zeros(n, dtype=torch.long)
+            depends = outer[atom]
+            if depends is not None:
+                row = torch.stack(coordinates[depends]).amax(0).clamp(min=0)
+            stays &= (at < 0) | mask[row, at.clamp(min=0)]
+    return stays.nonzero().flatten()
+
+
+def _coordinates(term: Term) -> dict[Atom, list[Tensor]]:
+    """For every atom in a term, each time it occurs: (n,) int64, its position at each position of the term, or -1.
+
+    >>> a, b = Atom(2, "a"), Atom(3, "b")
+    >>> [c.tolist() for c in _coordinates(Product((a, b)))[a]]
+    [[0, 0, 0, 1, 1, 1]]
+    >>> [c.tolist() for c in _coordinates(Concat((a, b)))[b]]
+    [[-1, -1, 0, 1, 2]]
+    """
+    found: dict[Atom, list[Tensor]] = {}
+    match term:
+        case Atom():
+            found[term] = [torch.arange(term.size)]
+        case Product(factors):
+            inner = [_coordinates(f) for f in factors]
+            sizes = [len(next(iter(c.values()))[0]) for c in inner]
+            for i, coordinates in enumerate(inner):
+                before, after = math.prod(sizes[:i]), math.prod(sizes[i + 1 :])
+                for atom, arrays in coordinates.items():
+                    spread = [a.repeat_interleave(after).repeat(before) for a in arrays]
+                    found.setdefault(atom, []).extend(spread)
+        case Concat(parts):
+            inner = [_coordinates(p) for p in parts]
+            sizes = [len(next(iter(c.values()))[0]) for c in inner]
+            for i, coordinates in enumerate(inner):
+                before, after = sum(sizes[:i]), sum(sizes[i + 1 :])
+                for atom, arrays in coordinates.items():
+                    padded = [torch.nn.functional.pad(a, (before, after), value=-1) for a in arrays]
+                    found.setdefault(atom, []).extend(padded)
+    return found
