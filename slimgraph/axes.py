@@ -24,10 +24,10 @@ is *frozen with a reason*: a frozen atom is never cut, so nothing has to be know
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["ONE", "Atom", "Axes", "Concat", "Link", "Product", "Term", "size"]
+__all__ = ["ONE", "Atom", "Axes", "Concat", "Link", "Product", "Term", "size", "size_with"]
 
 # A concatenation is compared with a product piece by piece; above this many pieces it is frozen instead.
 _MOST_PIECES = 4096
@@ -88,6 +88,22 @@ def size(term: Term) -> int:
             return math.prod(size(f) for f in factors)
         case Concat(parts):
             return sum(size(p) for p in parts)
+
+
+def size_with(term: Term, sizes: Mapping[Atom, int]) -> int:
+    """Number of positions of a term in normal form when some atoms have other sizes.
+
+    >>> a, b = Atom(2, "a"), Atom(3, "b")
+    >>> size_with(Product((a, Concat((b, b)))), {b: 1})
+    4
+    """
+    match term:
+        case Atom():
+            return sizes.get(term, term.size)
+        case Product(factors):
+            return math.prod(size_with(f, sizes) for f in factors)
+        case Concat(parts):
+            return sum(size_with(p, sizes) for p in parts)
 
 
 def _product(factors: Iterable[Term]) -> Term:
@@ -338,8 +354,7 @@ class Axes:
         match t:
             case Atom():
                 fresh: list[Term] = [
-                    self._single(f"{t.label}.{i}") if n == 1 else Atom(n, f"{t.label}.{i}")
-                    for i, n in enumerate(sizes)
+                    self._single(f"{t.label}.{i}") if n == 1 else Atom(n, f"{t.label}.{i}") for i, n in enumerate(sizes)
                 ]
                 self._bind(t, _concat([f for f in fresh if size(f)]))
                 return fresh

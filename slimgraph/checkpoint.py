@@ -68,7 +68,7 @@ def save(
             _publish(partial, target)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{target} could not be written ({type(error).__name__}: {error}); what was there before is untouched: "
+            f"{target} could not be written ({_in_short(error)}); what was there before is untouched: "
             "mend the cause or choose another directory"
         ) from error
     return Path(directory)
@@ -112,8 +112,8 @@ def load(
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise CheckpointError(
-            f"{path} cannot be loaded ({type(error).__name__}: {error}), expected a causal language model that "
-            "transformers can build from config.json; copy or save the checkpoint again"
+            f"{path} cannot be loaded ({_in_short(error)}), expected a causal language model that transformers can "
+            f"build from {_CONFIG}; set trust_remote_code if it brings its own code, or copy or save it again"
         ) from error
     _check_report(path, report, pruned=manifest is not None)
     loaded: nn.Module = model
@@ -221,8 +221,7 @@ def _sibling(target: Path, mark: str) -> Path:
 
 
 def _write(model: nn.Module, directory: Path, tokenizer: Any) -> None:
-    # Under the model's own tensor names: conversions to other layouts go by the original sizes.
-    model.save_pretrained(directory, save_original_format=False)  # type: ignore[operator]
+    model.save_pretrained(directory)  # type: ignore[operator]
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 
@@ -240,6 +239,11 @@ def _publish(partial: Path, target: Path) -> None:
         replaced.rename(target)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _in_short(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _check_report(path: Path, report: dict[str, Any], *, pruned: bool) -> None:

@@ -31,7 +31,7 @@ class GraphError(SlimgraphError):
 
 
 class PlanError(SlimgraphError):
-    """A plan asks for something impossible: a frozen group, an unknown group, units out of range, an unreachable ratio."""
+    """A plan asks for something impossible: an unknown or frozen group, units out of range, an unreachable ratio."""
 
 
 class CalibrationError(SlimgraphError):

@@ -19,7 +19,7 @@ from torch import fx
 
 from slimgraph.analysis import Analysis, Refusal, analyse
 from slimgraph.axes import Atom, Concat, Product, Term, size
-from slimgraph.errors import PlanError
+from slimgraph.errors import GraphError, PlanError
 from slimgraph.rules import Contraction, operator_name
 from slimgraph.trace import module_path
 
@@ -143,7 +143,9 @@ class Structure:
             PlanError: there is none.
         """
         if name not in self.groups:
-            raise PlanError(f"no group is called {name!r}; `slimgraph inspect` lists the {len(self.groups)} groups there are")
+            raise PlanError(
+                f"no group is called {name!r}; `slimgraph inspect` lists the {len(self.groups)} groups there are"
+            )
         return self.groups[name]
 
     def atom(self, name: str) -> Atom:
@@ -164,6 +166,41 @@ class Structure:
             and all(alone[g] == 1 and not self.groups[g].statistics for g in s.groups)
         ]
 
+    def boundaries(self) -> list[tuple[str, str]]:
+        """For each layer the graph nodes that are its input and its output on the residual stream.
+
+        Raises:
+            GraphError: a layer reads or writes no value of the residual stream.
+        """
+        inside: dict[int, list[fx.Node]] = {i: [] for i in range(len(self.layers))}
+        layer_of = {path: i for i, path in enumerate(self.layers)}
+        for node in self.analysis.graph_module.graph.nodes:
+            for i in (layer_of[p] for p in _prefixes(module_path(node)) if p in layer_of):
+                inside[i].append(node)
+        return [self._boundary(i, nodes) for i, nodes in inside.items()]
+
+    def _boundary(self, layer: int, nodes: list[fx.Node]) -> tuple[str, str]:
+        mine = set(nodes)
+        before = next((a for n in nodes for a in n.all_input_nodes if a not in mine and self._is_residual(a)), None)
+        leaving = [n for n in nodes if self._is_residual(n) and any(u not in mine for u in n.users)]
+        if before is None or not leaving:
+            raise GraphError(
+                f"layer {self.layers[layer]}: found no value of the residual stream that goes "
+                f"{'in' if before is None else 'out'}; layer similarity needs both. Use uniform allocation"
+            )
+        return before.name, leaving[-1].name
+
+    def _is_residual(self, node: fx.Node) -> bool:
+        if node not in self.analysis.moving or not isinstance(self.analysis.dims.get(node), tuple):
+            return False
+        dims = self.analysis.terms(node)
+        last = dims[-1] if dims else None
+        return (
+            isinstance(last, Atom)
+            and self.groups.get(self.atom_groups.get(last, ""), None) is not None
+            and self.groups[self.atom_groups[last]].kind == "residual"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able description: groups, sites, layers, refusals."""
         return {
@@ -179,7 +216,12 @@ class Structure:
         graph = nx.Graph()
         for group in self.groups.values():
             graph.add_node(
-                group.name, type="group", units=group.units, kind=group.kind, layer=_none(group.layer), frozen=group.frozen or ""
+                group.name,
+                type="group",
+                units=group.units,
+                kind=group.kind,
+                layer=_none(group.layer),
+                frozen=group.frozen or "",
             )
             for o in group.occurrences:
                 graph.add_node(o.source, type="tensor")
@@ -193,6 +235,12 @@ class Structure:
 def infer(graph_module: fx.GraphModule) -> Structure:
     """Find groups, sites and layers of a traced graph; see `slimgraph.analysis.analyse` for errors."""
     return _Builder(analyse(graph_module)).build()
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    steps = path.split(".")
+    for i in range(1, len(steps) + 1):
+        yield ".".join(steps[:i])
 
 
 def _none(value: int | None) -> int:

@@ -62,15 +62,19 @@ class SlimgraphQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
         manifest = self.quantization_config.manifest
-        apply(model, manifest)
+        try:
+            apply(model, manifest)
+        except CheckpointError as error:
+            where = f"config.json of {model.config.name_or_path or 'the model'}"
+            raise CheckpointError(f"{where}: {error}; copy or save the checkpoint again") from None
         if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
             stored = stored_tensors(Path(file) for file in checkpoint_files)
             check_stored(stored, manifest.stored_shapes(), tied_names(model))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        # The weights are plain floats. Trainers and adapters treat models that say otherwise specially: some refuse to
-        # train them, some leave out what gradient checkpointing needs.
+        # The weights are plain floats. Where a model says otherwise, trainers refuse to train the weights and adapters
+        # leave out what gradient checkpointing needs.
         model.is_quantized = False
         return model
 
@@ -87,12 +91,7 @@ class SlimgraphQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters can be trained."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """All weights can be trained, too."""
+        """Adapters and the weights themselves train as in any model."""
         return True
 
     @property
@@ -145,7 +144,7 @@ def attach(model: PreTrainedModel, manifest: Manifest) -> None:
     model.config.quantization_config = config
     model.hf_quantizer = SlimgraphQuantizer(config, pre_quantized=True)
     model.quantization_method = METHOD
-    model._weight_conversions = []  # saved under its own names, as the quantizer loads it
+    model._weight_conversions = []  # saved under its own names and layouts, as the quantizer loads it
     for name in manifest.buffers:
         module, leaf = _owner(model, name)
         module._non_persistent_buffers_set.discard(leaf)
@@ -163,11 +162,17 @@ def verify(model: PreTrainedModel, manifest: Manifest) -> None:
     """
     with torch.device("meta"):
         expected = type(model)(copy.deepcopy(model.config))
-    apply(expected, manifest)
-    hint = "the manifest must list every change against the class as built from the model's configuration"
+    hint = (
+        "the manifest must list every change against the class as built from the model's configuration (Manifest.after "
+        "for a model that had been pruned before)"
+    )
+    try:
+        apply(expected, manifest)
+    except CheckpointError as error:
+        raise CheckpointError(f"the manifest does not describe the model: {error}; {hint}") from None
     found_shapes, expected_shapes = _stored_shapes(model), _stored_shapes(expected)
-    found_shapes |= _other_buffers(model, keep=expected)
-    expected_shapes |= _other_buffers(expected, keep=model)
+    found_shapes |= _common_buffers(model, expected)
+    expected_shapes |= _common_buffers(expected, model)
     for name in sorted(found_shapes.keys() | expected_shapes.keys()):
         found, wanted = found_shapes.get(name), expected_shapes.get(name)
         if found != wanted:
@@ -203,8 +208,8 @@ def _module(model: PreTrainedModel, path: str) -> nn.Module:
         module: nn.Module = model.get_submodule(path)
     except AttributeError as error:
         raise CheckpointError(
-            f"the manifest names the module {path!r}, {type(model).__name__} has none ({error}); load the checkpoint "
-            "with the class it was saved from: see 'architectures' in config.json"
+            f"the manifest names the module {path!r}, {type(model).__name__} as built from its configuration has none "
+            f"({error})"
         ) from None
     return module
 
@@ -216,7 +221,7 @@ def _reshape(model: PreTrainedModel, name: str, shape: list[int], original: list
         found = list(old.shape) if isinstance(old, Tensor) else "no such tensor"
         raise CheckpointError(
             f"the manifest changes {name!r} from {original} to {shape}, {type(model).__name__} as built from its "
-            f"configuration has {found}; they do not belong together: copy or save the checkpoint again"
+            f"configuration has {found}"
         )
     new = torch.empty(shape, dtype=old.dtype, device=old.device)
     if leaf in module._buffers:
@@ -232,8 +237,8 @@ def _add_parameter(model: PreTrainedModel, name: str, shape: list[int]) -> None:
     # A module that reads the parameter has it as None; where there is no such attribute, adding one would do nothing.
     if getattr(module, leaf, _ABSENT) is not None:
         raise CheckpointError(
-            f"the manifest adds the parameter {name!r}, expected a {type(module).__name__} whose {leaf!r} is None; "
-            "config and manifest do not belong together: copy or save the checkpoint again"
+            f"the manifest adds the parameter {name!r}, {type(model).__name__} as built from its configuration "
+            f"has no {type(module).__name__} there whose {leaf!r} is None"
         )
     like = next(module.parameters(), next(model.parameters()))
     setattr(module, leaf, nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device)))
@@ -244,8 +249,8 @@ def _set_buffer(model: PreTrainedModel, name: str, shape: list[int], dtype: torc
     current = getattr(module, leaf, None)
     if leaf in module._parameters or not isinstance(current, Tensor | None):
         raise CheckpointError(
-            f"the manifest keeps the buffer {name!r}, {type(model).__name__} has a {type(current).__name__} there; "
-            "config and manifest do not belong together: copy or save the checkpoint again"
+            f"the manifest keeps the buffer {name!r}, {type(model).__name__} as built from its configuration has a "
+            f"{type(current).__name__} there"
         )
     module.__dict__.pop(leaf, None)  # a table kept as a plain attribute becomes a buffer
     # As a persistent buffer it is filled, placed and saved like a weight, and what the class computes for buffers that
@@ -261,8 +266,7 @@ def _set_attributes(model: PreTrainedModel, path: str, values: Mapping[str, Attr
             found = "no such attribute" if current is _ABSENT else f"a {type(current).__name__}"
             raise CheckpointError(
                 f"the manifest sets the attribute {name!r} of {path or 'the model'!r} to {value}, "
-                f"{type(module).__name__} has {found} there; config and manifest do not belong together: "
-                "copy or save the checkpoint again"
+                f"{type(model).__name__} as built from its configuration has {found} there"
             )
         setattr(module, name, _as_python(value, like=current))
 
@@ -289,9 +293,9 @@ def _stored_shapes(model: PreTrainedModel) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
 
 
-def _other_buffers(model: PreTrainedModel, *, keep: PreTrainedModel) -> dict[str, list[int]]:
+def _common_buffers(model: PreTrainedModel, other: PreTrainedModel) -> dict[str, list[int]]:
     """Shapes of the buffers that both models have. A buffer in one of them alone may be a cache made while running."""
-    shared = {name for name, _ in model.named_buffers()} & {name for name, _ in keep.named_buffers()}
+    shared = {name for name, _ in model.named_buffers()} & {name for name, _ in other.named_buffers()}
     return {name: list(model.get_buffer(name).shape) for name in shared}
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, TypeAlias, TypedDict
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, TypeAlias, TypedDict, TypeVar
 
 import torch
 from pydantic import JsonValue, NonNegativeInt, TypeAdapter, ValidationError
@@ -17,6 +17,9 @@ from pydantic import JsonValue, NonNegativeInt, TypeAdapter, ValidationError
 from slimgraph.errors import CheckpointError
 
 __all__ = ["AttributeValue", "BufferSpec", "Manifest"]
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 AttributeValue: TypeAlias = bool | int | float | str | list[int] | None
 
@@ -117,6 +120,46 @@ class Manifest:
         """Shapes of all tensors that the weight files must hold because of this manifest."""
         return {**self.shapes, **self.added, **{name: spec["shape"] for name, spec in self.buffers.items()}}
 
+    def after(self, earlier: Manifest) -> Manifest:
+        """The manifest of a model that was pruned twice, against the class that it started from.
+
+        Args:
+            earlier: of the model that this manifest's changes were made to.
+
+        Returns:
+            Both sets of changes in one, with the plan, recipe and versions of this manifest.
+
+        Raises:
+            CheckpointError: the changes were not made to that model.
+        """
+        before = earlier.stored_shapes()
+        for name, original in self.original_shapes.items():
+            if before.get(name, original) != original:
+                raise CheckpointError(
+                    f"the manifest changes {name!r} from {original}, the earlier one left it at {before[name]}; "
+                    "combine manifests in the order in which the model was pruned"
+                )
+        added = {**earlier.added, **self.added}
+        buffers = {**earlier.buffers, **self.buffers}
+        shapes = {name: shape for name, shape in earlier.shapes.items() if name not in buffers}
+        for name, shape in self.shapes.items():
+            if name in added:
+                added[name] = shape
+            elif name in buffers:
+                buffers[name] = {"shape": shape, "dtype": buffers[name]["dtype"]}
+            else:
+                shapes[name] = shape
+        originals = {**self.original_shapes, **earlier.original_shapes}
+        return replace(
+            self,
+            shapes=shapes,
+            added=added,
+            buffers=buffers,
+            original_shapes={name: each for name, each in originals.items() if name not in added},
+            attributes=_merged(earlier.attributes, self.attributes),
+            per_layer_config=_merged(earlier.per_layer_config, self.per_layer_config),
+        )
+
     def _check_names(self) -> None:
         """A tensor has one entry: it is changed, added or kept, and which of them decides what loading does."""
         for one, other in (("shapes", "added"), ("shapes", "buffers"), ("added", "buffers")):
@@ -168,6 +211,13 @@ def _check_buffer(name: str, spec: Mapping[str, object]) -> None:
             f"manifest field buffers -> {name} -> dtype: found {spec['dtype']!r}, expected the name of a torch dtype "
             "without the prefix, such as 'float32'"
         )
+
+
+def _merged(
+    one: Mapping[_Key, dict[str, _Value]], other: Mapping[_Key, dict[str, _Value]]
+) -> dict[_Key, dict[str, _Value]]:
+    """Entry by entry, the other's values before the one's."""
+    return {key: {**one.get(key, {}), **other.get(key, {})} for key in {**one, **other}}
 
 
 def _is_finite(value: object) -> bool:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimgraph.axes import Atom, Concat, Product, Term
+from slimgraph.axes import Atom, Concat, Product, Term, size_with
 from slimgraph.errors import PlanError
 from slimgraph.groups import Structure
 
-__all__ = ["Cut", "Plan", "Resolved", "resolve"]
+__all__ = ["Cut", "Plan", "Resolved", "coordinates", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,7 @@ class Resolved:
 
     def size_of(self, term: Term) -> int:
         """Size of a term after the cut."""
-        found = self.structure.analysis.axes.find(term)
-        match found:
-            case Atom():
-                return self._kept.get(found, found.size)
-            case Product(factors):
-                return math.prod(self.size_of(f) for f in factors)
-            case Concat(parts):
-                return sum(self.size_of(p) for p in parts)
+        return size_with(self.structure.analysis.axes.find(term), self._kept)
 
     def shape(self, source: str) -> tuple[int, ...]:
         """Shape of a parameter, buffer or created tensor after the cut."""
@@ -205,26 +198,26 @@ def _positions(
     axes = structure.analysis.axes
     if not any(a in masks for a in axes.atoms(term)):
         return None
-    coordinates = _coordinates(axes.find(term))
-    n = len(next(iter(coordinates.values()))[0])
+    places = coordinates(axes.find(term))
+    n = len(next(iter(places.values()))[0])
     stays = torch.ones(n, dtype=torch.bool)
     for atom, mask in masks.items():
-        for at in coordinates.get(atom, []):
+        for at in places.get(atom, []):
             row = torch.zeros(n, dtype=torch.long)
             depends = outer[atom]
             if depends is not None:
-                row = torch.stack(coordinates[depends]).amax(0).clamp(min=0)
+                row = torch.stack(places[depends]).amax(0).clamp(min=0)
             stays &= (at < 0) | mask[row, at.clamp(min=0)]
     return stays.nonzero().flatten()
 
 
-def _coordinates(term: Term) -> dict[Atom, list[Tensor]]:
+def coordinates(term: Term) -> dict[Atom, list[Tensor]]:
     """For every atom in a term, each time it occurs: (n,) int64, its position at each position of the term, or -1.
 
     >>> a, b = Atom(2, "a"), Atom(3, "b")
-    >>> [c.tolist() for c in _coordinates(Product((a, b)))[a]]
+    >>> [c.tolist() for c in coordinates(Product((a, b)))[a]]
     [[0, 0, 0, 1, 1, 1]]
-    >>> [c.tolist() for c in _coordinates(Concat((a, b)))[b]]
+    >>> [c.tolist() for c in coordinates(Concat((a, b)))[b]]
     [[-1, -1, 0, 1, 2]]
     """
     found: dict[Atom, list[Tensor]] = {}
@@ -232,19 +225,19 @@ def _coordinates(term: Term) -> dict[Atom, list[Tensor]]:
         case Atom():
             found[term] = [torch.arange(term.size)]
         case Product(factors):
-            inner = [_coordinates(f) for f in factors]
+            inner = [coordinates(f) for f in factors]
             sizes = [len(next(iter(c.values()))[0]) for c in inner]
-            for i, coordinates in enumerate(inner):
+            for i, found_inside in enumerate(inner):
                 before, after = math.prod(sizes[:i]), math.prod(sizes[i + 1 :])
-                for atom, arrays in coordinates.items():
+                for atom, arrays in found_inside.items():
                     spread = [a.repeat_interleave(after).repeat(before) for a in arrays]
                     found.setdefault(atom, []).extend(spread)
         case Concat(parts):
-            inner = [_coordinates(p) for p in parts]
+            inner = [coordinates(p) for p in parts]
             sizes = [len(next(iter(c.values()))[0]) for c in inner]
-            for i, coordinates in enumerate(inner):
+            for i, found_inside in enumerate(inner):
                 before, after = sum(sizes[:i]), sum(sizes[i + 1 :])
-                for atom, arrays in coordinates.items():
+                for atom, arrays in found_inside.items():
                     padded = [torch.nn.functional.pad(a, (before, after), value=-1) for a in arrays]
                     found.setdefault(atom, []).extend(padded)
     return found

@@ -68,7 +68,7 @@ class Progress:
         self._show_after = show_after
         self._stream = stream or sys.stderr
         console = Console(file=self._stream)
-        self._bars = _Bars(console) if console.is_terminal else None
+        self._bars = _Bars(console) if enabled and console.is_terminal else None
 
     @contextmanager
     def __call__(self, stage: str, total: int | None = None) -> Iterator[Tick]:
@@ -93,10 +93,6 @@ class Progress:
         finally:
             timer.cancel()
             tick.close()
-
-
-SILENT = Progress(enabled=False)
-"""Shows nothing: for `progress or SILENT` in functions with an optional progress."""
 
 
 class Stopwatch:
@@ -247,3 +243,7 @@ def _duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole // 60 % 60:02d} min"
+
+
+SILENT = Progress(enabled=False)
+"""Shows nothing: for `progress or SILENT` in functions with an optional progress."""

@@ -54,10 +54,15 @@ def prune_graph(resolved: Resolved, refits: Mapping[str, Refit] | None = None) -
     output = graph.graph_copy(old.graph, copies)
     graph.output(output)
     originals = {copy: node for node, copy in copies.items()}
-    tensors = {str(n.target): resolved.select(str(n.target), tensor_at(old, str(n.target))) for n in old.graph.find_nodes(op="get_attr")}
+    tensors = {
+        str(n.target): resolved.select(str(n.target), tensor_at(old, str(n.target)))
+        for n in old.graph.find_nodes(op="get_attr")
+    }
     wrapped = {k: _like(tensor_at(old, k), t) for k, t in tensors.items()}
     result = fx.GraphModule(wrapped, graph, type(old).__name__)
-    resizing = Resizing(lambda n: structure.analysis.terms(originals.get(n, n)), resolved.size_of, structure.analysis.axes)
+    resizing = Resizing(
+        lambda n: structure.analysis.terms(originals.get(n, n)), resolved.size_of, structure.analysis.axes
+    )
     for node, copy in copies.items():
         if node.op == "call_function":
             _resize(copy, resizing)
@@ -65,7 +70,14 @@ def prune_graph(resolved: Resolved, refits: Mapping[str, Refit] | None = None) -
             _select_created(result, copy, resolved.selections.get(node.name, {}))
     for site in structure.sites:
         if refits and site.name in refits:
-            _refit(result, next(c for n, c in copies.items() if n.name == site.node), site.parameter, site.in_dim, site.bias, refits[site.name])
+            _refit(
+                result,
+                next(c for n, c in copies.items() if n.name == site.node),
+                site.parameter,
+                site.in_dim,
+                site.bias,
+                refits[site.name],
+            )
     refresh_shapes(result)
     _check_shapes(resolved, copies)
     result.graph.lint()
@@ -141,9 +153,7 @@ def _select_created(module: fx.GraphModule, node: fx.Node, selections: dict[int,
         made = chosen
 
 
-def _refit(
-    module: fx.GraphModule, node: fx.Node, parameter: str, in_dim: int, bias: str | None, refit: Refit
-) -> None:
+def _refit(module: fx.GraphModule, node: fx.Node, parameter: str, in_dim: int, bias: str | None, refit: Refit) -> None:
     old = tensor_at(module, parameter)
     weight = refit.weight if in_dim == 1 else refit.weight.T
     if weight.shape != old.shape:

@@ -54,7 +54,15 @@ def same(cx: Context, x: Dims, *_: Any, **__: Any) -> Dims:
     return x
 
 
-@rule("aten.copy", "aten.masked_fill", "aten.where", "aten.addcmul", "aten.addcdiv", "aten.lerp", golden="(* a), (* a) -> (* a)")
+@rule(
+    "aten.copy",
+    "aten.masked_fill",
+    "aten.where",
+    "aten.addcmul",
+    "aten.addcdiv",
+    "aten.lerp",
+    golden="(* a), (* a) -> (* a)",
+)
 def also_pointwise(cx: Context, *args: Any, **kwargs: Any) -> Dims:
     """Elementwise, though not tagged so in every version."""
     return cx.broadcast(*_tensors([*args, *kwargs.values()]))

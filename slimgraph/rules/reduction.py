@@ -24,7 +24,14 @@ def _reduced(x: Dims, dims: Any, keepdim: bool) -> tuple[list[int], Dims]:
     return which, tuple(out)
 
 
-@rule("aten.mean", "aten.var", "aten.std", "aten.linalg_vector_norm", "aten.norm", golden="(* a) -> (*), a statistic over a")
+@rule(
+    "aten.mean",
+    "aten.var",
+    "aten.std",
+    "aten.linalg_vector_norm",
+    "aten.norm",
+    golden="(* a) -> (*), a statistic over a",
+)
 def statistic(cx: Context, x: Dims, *args: Any, **kwargs: Any) -> Dims | list[Dims]:
     """A statistic over an axis may lose positions, but is then taken over those that are kept."""
     keepdim = len(cx.shape) == len(x)
@@ -66,7 +73,14 @@ def reduce_fixed(cx: Context, x: Dims, dims: Any = None, keepdim: bool = False, 
     return out
 
 
-@rule("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax", "aten._safe_softmax", golden="(* a) -> (* a), a fixed")
+@rule(
+    "aten.softmax",
+    "aten._softmax",
+    "aten.log_softmax",
+    "aten._log_softmax",
+    "aten._safe_softmax",
+    golden="(* a) -> (* a), a fixed",
+)
 def softmax(cx: Context, x: Dims, dim: int, *_: Any, **__: Any) -> Dims:
     cx.freeze(x[dim], "normalised by a softmax")
     return x

@@ -80,7 +80,9 @@ class Resizing:
 _RULES: dict[str, Rule] = {}
 
 
-def rule(*operators: str, golden: str, resize: Resize | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def rule(
+    *operators: str, golden: str, resize: Resize | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register an axis rule for operators, named like `aten.linear.default`, or `aten.linear` for all overloads."""
 
     def register(apply: Callable[..., Any]) -> Callable[..., Any]:
@@ -205,5 +207,3 @@ class Context:
     def reason(self, term: Term) -> str:
         """Why a term is frozen."""
         return next((a.frozen for a in self.axes.atoms(term) if a.frozen), "frozen")
-
-

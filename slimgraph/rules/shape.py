@@ -34,7 +34,13 @@ def _resize_shape(node: fx.Node, to: Resizing) -> None:
     node.update_arg(position, sizes)
 
 
-@rule("aten.view.default", "aten.reshape", "aten._unsafe_view", golden="(a b) -> (c d), same positions", resize=_resize_shape)
+@rule(
+    "aten.view.default",
+    "aten.reshape",
+    "aten._unsafe_view",
+    golden="(a b) -> (c d), same positions",
+    resize=_resize_shape,
+)
 def reshape(cx: Context, x: Dims, shape: Any) -> Dims:
     return cx.axes.reshape(x, cx.shape)
 
@@ -97,9 +103,7 @@ def squeeze(cx: Context, x: Dims, dims: Any = None) -> Dims:
 @rule("aten.expand", "aten.broadcast_to", golden="(1 a) -> (r a)", resize=_resize_shape)
 def expand(cx: Context, x: Dims, *_: Any, **__: Any) -> Dims:
     padded = (*(ONE for _ in range(len(cx.shape) - len(x))), *x)
-    return tuple(
-        cx.fresh(i, cx.node.name) if size(t) == 1 and cx.shape[i] != 1 else t for i, t in enumerate(padded)
-    )
+    return tuple(cx.fresh(i, cx.node.name) if size(t) == 1 and cx.shape[i] != 1 else t for i, t in enumerate(padded))
 
 
 @rule("aten.expand_as", golden="(1 a), (r a) -> (r a)")

@@ -1,0 +1,125 @@
+"""How much each layer loses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from slimgraph.budget import Goal, at_factor, solve
+from slimgraph.errors import CalibrationError, PlanError, RecipeError
+from slimgraph.groups import Structure
+from slimgraph.passes.base import Pass, register
+from slimgraph.state import State, structure_of
+from slimgraph.sweep import layer_similarity
+from slimgraph.units import units_of
+
+__all__ = ["CosineAllocation", "UniformAllocation"]
+
+
+@dataclass(frozen=True)
+class _Allocation(Pass):
+    """Turns a ratio into numbers of units.
+
+    Attributes:
+        ratio: share of all parameters of the model that goes, added biases counted.
+        unit_ratio: instead of `ratio`, the share of units that goes, averaged over the cut layers (the method's own ratio).
+        heads: "kv", "balanced" or "auto": what is removed under grouped-query attention; see `slimgraph.units.units_of`.
+        round_to: kept channels are a multiple of this.
+        kinds: sites that are cut: "both", "heads" or "channels".
+    """
+
+    ratio: float | None = None
+    unit_ratio: float | None = None
+    heads: str = "auto"
+    round_to: int = 8
+    kinds: str = "both"
+
+    def __post_init__(self) -> None:
+        if (self.ratio is None) == (self.unit_ratio is None):
+            raise RecipeError(f"{self.name}: give either ratio or unit_ratio; found {self.ratio} and {self.unit_ratio}")
+        if self.kinds not in ("both", "heads", "channels"):
+            raise RecipeError(f"{self.name}: kinds is {self.kinds!r}; expected both, heads or channels")
+        if self.round_to < 1:
+            raise RecipeError(f"{self.name}: round_to is {self.round_to}; expected at least 1")
+
+    def run(self, graph_module: fx.GraphModule, state: State) -> None:
+        """Solve for the unit counts and record them."""
+        structure = structure_of(graph_module)
+        sites = [s for s in structure.prunable_sites() if self.kinds in ("both", s.kind)]
+        if not sites:
+            raise PlanError("no site can be pruned in this graph; `slimgraph inspect` shows what is frozen and why")
+        state.units = [units_of(structure, s, self.heads) for s in sites]
+        weights = self.weights(structure, state)
+        out = {s.name: structure.analysis.sources[s.parameter][s.out_dim] for s in sites}
+        added = {s.name: _size(structure, out[s.name]) for s in sites if state.fit_adds_bias and s.bias is None}
+        goal = Goal(structure, state.units, weights, state.sizes, added, self.round_to)
+        if self.ratio is not None:
+            state.budget = solve(goal, self.ratio)
+        elif self.unit_ratio is not None:
+            state.budget = at_factor(goal, self.unit_ratio)
+
+    def weights(self, structure: Structure, state: State) -> Mapping[int, float]:
+        """Layer -> how strongly it is cut relative to the others."""
+        raise NotImplementedError
+
+
+def _size(structure: Structure, term: object) -> int:
+    from slimgraph.axes import size
+
+    return size(structure.analysis.axes.find(term))  # type: ignore[arg-type]
+
+
+@register
+@dataclass(frozen=True)
+class UniformAllocation(_Allocation):
+    """Every layer loses the same share."""
+
+    def weights(self, structure: Structure, state: State) -> Mapping[int, float]:
+        return dict.fromkeys(_cut_layers(structure, state), 1.0)
+
+
+@register
+@dataclass(frozen=True)
+class CosineAllocation(_Allocation):
+    """Layers that change their input least lose most (SlimLLM, section 3.5).
+
+    Only the `layers` layers with the highest cosine similarity s between input and output are cut; their shares are in
+    proportion to softmax(alpha · s).
+
+    Attributes:
+        alpha: sharpness of the softmax. By default 10 at a fifth of the parameters, 7 at a half and in proportion between
+            and beyond, the published settings.
+        layers: number of layers that are cut. By default 26 of 32 at a fifth, 30 of 32 at a half, likewise.
+    """
+
+    alpha: float | None = None
+    layers: int | None = None
+
+    def weights(self, structure: Structure, state: State) -> Mapping[int, float]:
+        if not state.batches:
+            raise CalibrationError("cosine_allocation needs calibration tokens; found none in the state")
+        with state.watch("similarity"):
+            state.similarity = layer_similarity(
+                structure, state.batches, weights=state.weights, progress=state.progress
+            )
+        candidates = _cut_layers(structure, state)
+        # 0 at the published setting for a fifth of the parameters, 1 at that for a half.
+        ratio = self.ratio if self.ratio is not None else 0.8 * (self.unit_ratio or 0.0)
+        place = (ratio - 0.2) / 0.3
+        alpha = self.alpha if self.alpha is not None else max(0.0, 10 - 3 * place)
+        share = min(1.0, max(0.5, (26 + 4 * place) / 32))
+        count = self.layers if self.layers is not None else max(1, round(share * len(candidates)))
+        if not 1 <= count <= len(candidates):
+            raise PlanError(
+                f"cosine_allocation: layers is {count}; expected 1 to {len(candidates)}, the layers with sites"
+            )
+        chosen = sorted(candidates, key=lambda i: -(state.similarity or [])[i])[:count]
+        softmax = torch.softmax(alpha * torch.tensor([state.similarity[i] for i in chosen], dtype=torch.float64), 0)
+        return {layer: count * float(w) for layer, w in zip(chosen, softmax, strict=True)}
+
+
+def _cut_layers(structure: Structure, state: State) -> list[int]:
+    return sorted({u.site.layer for u in state.units if u.site.layer is not None})

@@ -1,0 +1,80 @@
+"""What all passes have in common: a name for recipes, fields as keys, and the `torch.fx` calling convention."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, ClassVar, TypeVar
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from slimgraph.errors import RecipeError
+from slimgraph.state import State, state_of
+
+__all__ = ["Pass", "pass_named", "pass_names", "register"]
+
+_PASSES: dict[str, type[Pass]] = {}
+
+P = TypeVar("P", bound="type[Pass]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A step of a recipe.
+
+    Subclasses are frozen dataclasses that implement `run`.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Run on a graph module that carries a state.
+
+        Raises:
+            PlanError: the graph module carries no state.
+        """
+        state = state_of(graph_module)
+        result = self.run(graph_module, state)
+        state.history.append(self.to_recipe())
+        return PassResult(graph_module if result is None else result, result is not None)
+
+    def run(self, graph_module: fx.GraphModule, state: State) -> fx.GraphModule | None:
+        """Do the work; return a new graph module, or None when the graph stays as it is."""
+        raise NotImplementedError
+
+    def to_recipe(self) -> dict[str, Any]:
+        """The recipe entry: {name: fields}."""
+        return {self.name: dataclasses.asdict(self)}
+
+
+def register(cls: P) -> P:
+    """Class decorator: make a pass known to recipes, under its class name in snake case.
+
+    >>> @register
+    ... @dataclasses.dataclass(frozen=True)
+    ... class NothingAtAll(Pass):
+    ...     def run(self, graph_module, state):
+    ...         return None
+    >>> pass_named("nothing_at_all")().to_recipe()
+    {'nothing_at_all': {}}
+    """
+    cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+    _PASSES[cls.name] = cls
+    return cls
+
+
+def pass_named(name: str) -> type[Pass]:
+    """The pass class of that recipe name.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if name not in _PASSES:
+        raise RecipeError(f"no pass is called {name!r}; there are {', '.join(pass_names())}")
+    return _PASSES[name]
+
+
+def pass_names() -> list[str]:
+    """Recipe names of all passes."""
+    return sorted(_PASSES)

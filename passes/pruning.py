@@ -1,0 +1,85 @@
+"""The passes that change the graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from slimgraph.errors import PlanError
+from slimgraph.evidence import Evidence
+from slimgraph.passes.base import Pass, register
+from slimgraph.plan import Plan, resolve
+from slimgraph.state import KEY, State, structure_of
+from slimgraph.surgery import Refit, prune_graph
+from slimgraph.sweep import Decision, sweep
+from slimgraph.units import Units
+
+__all__ = ["ApplyPlan", "Sweep"]
+
+
+@register
+@dataclass(frozen=True)
+class Sweep(Pass):
+    """Score, remove and refit at every site in one go over the model.
+
+    Needs what the passes before it recorded: how units are chosen, how many stay, and how to refit. Each site is decided
+    with the activations that the sites before it, already pruned, produce (SlimLLM, section 3.1).
+    """
+
+    def run(self, graph_module: fx.GraphModule, state: State) -> fx.GraphModule:
+        """Decide at every site, then cut graph and weights."""
+        budget, fit = state.budget, state.fit
+        if budget is None:
+            raise PlanError("sweep needs numbers of units: put an allocation pass before it, like uniform_allocation")
+        if fit is None:
+            raise PlanError("sweep needs a fit: put a recovery pass before it, like regression or no_recovery")
+        missing = {u.site.kind for u in state.units} - state.importance.keys()
+        if missing:
+            raise PlanError(f"sweep does not know how to choose {min(missing)}: put an importance pass before it")
+        structure = structure_of(graph_module)
+
+        def decide(units: Units, evidence: Evidence) -> Decision | None:
+            with state.watch("scores"):
+                kept = state.importance[evidence.kind].select(evidence, budget.keep[units.site.name])
+            with state.watch("solves"):
+                channels = evidence.kept_channels(kept)
+                return Decision(kept, channels, Refit(*fit(evidence, channels)))
+
+        cut = [u for u in state.units if budget.keep[u.site.name] < u.block_size]
+        with state.watch("sweep"):
+            decisions = sweep(structure, state.batches, cut, decide, weights=state.weights, progress=state.progress)
+        plan = Plan({})
+        for u in cut:
+            plan = plan.merged(Plan(u.cut(decisions[u.site.name].units.cpu())))
+        refits = {name: d.refit for name, d in decisions.items()}
+        return _cut(graph_module, state, structure_of(graph_module), plan, refits)
+
+
+@register
+@dataclass(frozen=True)
+class ApplyPlan(Pass):
+    """Cut by a plan that is already made, without scores, statistics or refits.
+
+    Attributes:
+        plan: group -> {"units", "keep", "within"}, as in a saved plan.
+    """
+
+    plan: dict[str, Any]
+
+    def run(self, graph_module: fx.GraphModule, state: State) -> fx.GraphModule:
+        """Cut graph and weights."""
+        return _cut(graph_module, state, structure_of(graph_module), Plan.from_dict(self.plan), {})
+
+
+def _cut(
+    graph_module: fx.GraphModule, state: State, structure: Any, plan: Plan, refits: dict[str, Refit]
+) -> fx.GraphModule:
+    with state.watch("surgery"), torch.no_grad():
+        pruned = prune_graph(resolve(structure, plan), refits)
+    state.plan = state.plan.merged(plan)
+    state.refits.update(refits)
+    pruned.meta.update({**graph_module.meta, KEY: state})
+    return pruned

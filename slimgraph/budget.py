@@ -1,0 +1,151 @@
+"""How many units each site keeps, so that the whole model loses the share of parameters that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from slimgraph.errors import PlanError
+from slimgraph.groups import Structure
+from slimgraph.units import Units, parameter_count
+
+__all__ = ["Budget", "Goal", "at_factor", "keep_at", "solve"]
+
+_STEPS = 60  # bisection steps; the widths are whole numbers long before
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Units kept per block at each site, and what that comes to.
+
+    Attributes:
+        keep: site name -> units kept in each block.
+        unit_ratios: layer -> share of units that was asked for there.
+        parameters_before, parameters_after: of the whole model, in parameters, added biases counted.
+    """
+
+    keep: Mapping[str, int]
+    unit_ratios: Mapping[int, float]
+    parameters_before: int
+    parameters_after: int
+
+    @property
+    def removed(self) -> float:
+        """Share of all parameters that goes."""
+        return 1 - self.parameters_after / self.parameters_before
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a budget is solved for.
+
+    Attributes:
+        structure: the groups of the model.
+        sites: units of every site that may be cut.
+        weights: layer -> how strongly it is cut relative to the others, >= 0; layers not named are left alone.
+        sizes: parameter name -> number of elements, for every parameter that counts.
+        added: site name -> parameters that recovery adds there once the site is cut.
+        round_to: kept channels are a multiple of this.
+    """
+
+    structure: Structure
+    sites: Sequence[Units]
+    weights: Mapping[int, float]
+    sizes: Mapping[str, int]
+    added: Mapping[str, int]
+    round_to: int = 8
+
+
+def keep_at(units: Units, ratio: float, round_to: int) -> int:
+    """Units kept in each block when a share of them goes: rounded, at least one (or one rounding step).
+
+    Args:
+        units: the site's units.
+        ratio: share to remove, clipped to 0..1.
+        round_to: multiple that channels are rounded to; heads never are.
+    """
+    n = units.block_size
+    step = 1 if units.site.kind == "heads" or n <= round_to else round_to
+    if ratio <= 0:
+        return n
+    exact = n * (1 - min(ratio, 1.0))
+    return min(n, max(step, int(exact / step + 0.5) * step))
+
+
+def solve(goal: Goal, ratio: float) -> Budget:
+    """Unit counts that remove `ratio` of all parameters, as closely as whole units allow.
+
+    All layers share one factor: layer l loses the share factor * weights[l] of its units. The factor is found by
+    bisection; what rounding leaves is made up site by site.
+
+    Raises:
+        PlanError: the ratio is not between 0 and 1, nothing may be cut, or the ratio cannot be reached.
+    """
+    if not 0 <= ratio < 1:
+        raise PlanError(f"ratio is {ratio}; expected a share of all parameters, 0 <= ratio < 1")
+    before = sum(goal.sizes.values())
+    wanted = before * (1 - ratio)
+    most = max(goal.weights.values(), default=0.0)
+    if most <= 0 or not goal.sites:
+        raise PlanError(
+            "no layer may be cut: no site was found that writes to the residual stream and has units of its own"
+        )
+    low, high = 0.0, 1 / min(w for w in goal.weights.values() if w > 0)
+    if _after(goal, _keep(goal, high)) > wanted + _tolerance(goal, before):
+        reachable = 1 - _after(goal, _keep(goal, high)) / before
+        raise PlanError(
+            f"ratio {ratio:g} cannot be reached: with every unit but the last removed from {len(goal.weights)} layers, "
+            f"{reachable:.4f} of the {before:,} parameters go. Ask for at most {reachable:.4f}, or let more layers be cut"
+        )
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        if _after(goal, _keep(goal, middle)) > wanted:
+            low = middle
+        else:
+            high = middle
+    keep = _make_up(goal, _keep(goal, low), _keep(goal, high), wanted)
+    ratios = {layer: min(1.0, high * w) for layer, w in goal.weights.items()}
+    return Budget(keep, ratios, before, _after(goal, keep))
+
+
+def at_factor(goal: Goal, factor: float) -> Budget:
+    """The budget with a given factor: layer l loses the share factor * weights[l] of its units (SlimLLM's own ratio)."""
+    keep = _keep(goal, factor)
+    ratios = {layer: min(1.0, factor * w) for layer, w in goal.weights.items()}
+    return Budget(keep, ratios, sum(goal.sizes.values()), _after(goal, keep))
+
+
+def _keep(goal: Goal, factor: float) -> dict[str, int]:
+    return {
+        u.site.name: keep_at(
+            u, factor * goal.weights.get(u.site.layer if u.site.layer is not None else -1, 0.0), goal.round_to
+        )
+        for u in goal.sites
+    }
+
+
+def _after(goal: Goal, keep: Mapping[str, int]) -> int:
+    kept = {u.group: keep[u.site.name] for u in goal.sites if keep[u.site.name] != u.block_size}
+    added = sum(goal.added.get(u.site.name, 0) for u in goal.sites if u.group in kept)
+    return parameter_count(goal.structure, kept, goal.sizes) + added
+
+
+def _make_up(goal: Goal, more: dict[str, int], fewer: dict[str, int], wanted: float) -> dict[str, int]:
+    """Between two neighbouring roundings: take single sites' steps as long as that comes closer."""
+    keep = dict(more)
+    best = abs(_after(goal, keep) - wanted)
+    for name in more:
+        if more[name] == fewer[name]:
+            continue
+        tried = {**keep, name: fewer[name]}
+        distance = abs(_after(goal, tried) - wanted)
+        if distance < best:
+            keep, best = tried, distance
+    return keep
+
+
+def _tolerance(goal: Goal, before: int) -> float:
+    """Half a percentage point, or one unit per layer, whichever is larger."""
+    full = {u.site.name: u.block_size for u in goal.sites}
+    one_less = {u.site.name: max(1, u.block_size - 1) for u in goal.sites}
+    return max(0.005 * before, _after(goal, full) - _after(goal, one_less))

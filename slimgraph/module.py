@@ -1,0 +1,343 @@
+"""A resolved plan applied to the Hugging Face module (or any module) that was traced.
+
+The pruned module is a copy whose unchanged tensors are shared with the original. Python attributes that hold old sizes
+are found by value: an integer on a module equal to the old size of an axis that the module's own graph nodes carry is a
+candidate for the new size. Where a value fits several axes, each reading is tried and the module is run against the
+pruned graph; the reading that agrees is taken. No list of architectures or attribute names is involved.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+from slimgraph.axes import Atom, Concat, Product, Term, size
+from slimgraph.errors import ModelError
+from slimgraph.groups import Structure
+from slimgraph.plan import Resolved
+from slimgraph.surgery import Refit, assign
+from slimgraph.trace import canonical_names, module_path, tensor_at
+
+__all__ = ["PrunedModule", "agreement", "prune_module"]
+
+_LOG = logging.getLogger(__name__)
+
+_MOST_READINGS = 256  # combinations of attribute readings that are tried before giving up
+
+
+@dataclass
+class PrunedModule:
+    """A pruned copy of a module, and how it differs.
+
+    Attributes:
+        module: the copy.
+        shapes: tensor name -> new shape, for all names of every changed tensor that the original has.
+        original_shapes: the same tensors' shapes before.
+        added: name -> shape of parameters that the original does not have.
+        attributes: module path -> attribute -> new value.
+        difference: largest difference of logits to the pruned graph, over the largest logit.
+    """
+
+    module: nn.Module
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    original_shapes: dict[str, list[int]] = field(default_factory=dict)
+    added: dict[str, list[int]] = field(default_factory=dict)
+    attributes: dict[str, dict[str, int]] = field(default_factory=dict)
+    difference: float = math.nan
+
+
+def prune_module(
+    model: nn.Module, resolved: Resolved, pruned_graph: fx.GraphModule, refits: Mapping[str, Refit] | None = None
+) -> PrunedModule:
+    """Prune a copy of the model that a graph was traced from.
+
+    Args:
+        model: the traced model; not changed.
+        resolved: the plan.
+        pruned_graph: the same plan applied to the graph; its parameters are shared with the result, and its logits are
+            what the result must reproduce.
+        refits: site name -> new projection, as given to `slimgraph.surgery.prune_graph`.
+
+    Raises:
+        ModelError: the module cannot be made to agree with the graph; the message says where and what was tried. The
+            pruned graph is unaffected.
+    """
+    shared: dict[int, object] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    result = PrunedModule(copy.deepcopy(model, shared))
+    _replace_tensors(model, result, pruned_graph)
+    _add_biases(result, resolved.structure, pruned_graph, refits or {})
+    _resize_torch_modules(result)
+    _fit_attributes(result, resolved, pruned_graph)
+    return result
+
+
+def agreement(module: nn.Module, graph_module: fx.GraphModule, ids: Tensor) -> float:
+    """Largest difference between the logits of a module and a graph, divided by the largest logit of the graph."""
+    with torch.no_grad():
+        expected = graph_module(ids)
+        options = {"use_cache": False} if hasattr(module, "config") else {}
+        found = module(input_ids=ids, **options)
+        logits = found if isinstance(found, Tensor) else found.logits
+    if logits.shape != expected.shape:
+        return math.inf
+    difference = (logits.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)
+    return float(difference.nan_to_num(math.inf))
+
+
+def _replace_tensors(model: nn.Module, result: PrunedModule, pruned_graph: fx.GraphModule) -> None:
+    new = {**dict(pruned_graph.named_parameters()), **dict(pruned_graph.named_buffers())}
+    for name, canonical in canonical_names(model).items():
+        if canonical not in new or new[canonical] is tensor_at(model, name):
+            continue
+        old, tensor = tensor_at(model, name), new[canonical]
+        if isinstance(tensor, nn.Parameter):
+            assign(result.module, name, tensor)
+        else:
+            _replace_buffer(result.module, name, tensor)
+        if old.shape != tensor.shape:
+            result.shapes[name] = list(tensor.shape)
+            result.original_shapes[name] = list(old.shape)
+
+
+def _replace_buffer(module: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    # Set in place of the old one, so that whether it is saved stays as it was.
+    module.get_submodule(path)._buffers[leaf] = tensor
+
+
+def _add_biases(
+    result: PrunedModule, structure: Structure, pruned_graph: fx.GraphModule, refits: Mapping[str, Refit]
+) -> None:
+    for site in structure.sites:
+        refit = refits.get(site.name)
+        if refit is None or refit.bias is None or site.bias is not None:
+            continue
+        path = site.parameter.rpartition(".")[0]
+        owner = result.module.get_submodule(path)
+        if getattr(owner, "bias", owner) is not None:
+            raise ModelError(
+                f"{path}: recovery adds a bias here, but {type(owner).__name__} has no place for one (expected an attribute "
+                "`bias` that is None). The pruned graph has it; for the module use a recovery without bias"
+            )
+        name = f"{path}.bias"
+        assign(result.module, name, tensor_at(pruned_graph, name))
+        result.added[name] = list(refit.bias.shape)
+
+
+def _resize_torch_modules(result: PrunedModule) -> None:
+    """PyTorch's own layers say their sizes in attributes that follow from their weights."""
+    for path, module in result.module.named_modules():
+        sizes: dict[str, int] = {}
+        if isinstance(module, nn.Linear):
+            sizes = {"out_features": module.weight.shape[0], "in_features": module.weight.shape[1]}
+        elif isinstance(module, nn.Embedding):
+            sizes = {"num_embeddings": module.weight.shape[0], "embedding_dim": module.weight.shape[1]}
+        for attribute, n in sizes.items():
+            if getattr(module, attribute) != n:
+                setattr(module, attribute, n)
+                result.attributes.setdefault(path, {})[attribute] = n
+
+
+# -- attributes that hold old sizes -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """An axis that a module's nodes carry: what it is made of (layer left out), and its size before and after."""
+
+    role: str
+    before: int
+    after: int
+
+
+_Key = tuple[str, str]  # module path with the layer left out, attribute
+
+
+@dataclass
+class _Reading:
+    """One way to read an attribute: the new value on every module that has it."""
+
+    role: str
+    values: dict[str, int]
+
+
+def _fit_attributes(result: PrunedModule, resolved: Resolved, pruned_graph: fx.GraphModule) -> None:
+    ids = _probe(resolved.structure)
+    keys = _readings(result.module, resolved)
+    tried = 0
+    best, best_labels = math.inf, ""
+    for combination in itertools.product(*keys.values()):
+        if tried == _MOST_READINGS:
+            break
+        tried += 1
+        old = _apply(result.module, dict(zip(keys, combination, strict=True)))
+        difference = _agreement_or_inf(result.module, pruned_graph, ids)
+        if difference <= _tolerance(pruned_graph):
+            result.difference = difference
+            _record(result, old)
+            return
+        if difference < best:
+            best = difference
+            best_labels = ", ".join(f"{p}.{a}: {r.role}" for (p, a), r in zip(keys, combination, strict=True))
+        _undo(result.module, old)
+    raise ModelError(_failure_message(result.module, pruned_graph, ids, keys, tried, best, best_labels))
+
+
+def _probe(structure: Structure) -> Tensor:
+    (ids,) = structure.analysis.graph_module.graph.find_nodes(op="placeholder")
+    fixed = [n if isinstance(n, int) else d for n, d in zip(ids.meta["val"].shape, (2, 9), strict=True)]
+    device = next(structure.analysis.graph_module.parameters()).device
+    return (torch.arange(fixed[0] * fixed[1]) % 17).view(fixed[0], fixed[1]).to(device)
+
+
+def _tolerance(graph_module: fx.GraphModule) -> float:
+    dtype = next(p.dtype for p in graph_module.parameters() if p.is_floating_point())
+    return {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 5e-2)
+
+
+def _agreement_or_inf(module: nn.Module, graph_module: fx.GraphModule, ids: Tensor) -> float:
+    try:
+        return agreement(module, graph_module, ids)
+    except (RuntimeError, ValueError, IndexError) as error:
+        _LOG.debug("a reading of the attributes does not run: %s", error)
+        return math.inf
+
+
+def _readings(module: nn.Module, resolved: Resolved) -> dict[_Key, list[_Reading]]:
+    """For each attribute that may hold an old size, the ways to read it; those that change it come first."""
+    axes = _axes_by_module(resolved)
+    layers = resolved.structure.layers
+    found: dict[_Key, list[tuple[str, dict[str, _Axis]]]] = {}
+    for path, owner in module.named_modules():
+        layer = next((p for p in layers if path == p or path.startswith(p + ".")), None)
+        if layer is None or isinstance(owner, (nn.Linear, nn.Embedding)):
+            continue
+        here = {a.role: a for a in axes.get(path, ())}
+        for attribute, value in vars(owner).items():
+            if type(value) is int and value > 1:
+                fits = {r: a for r, a in here.items() if a.before == value}
+                found.setdefault((path.removeprefix(layer), attribute), []).append((path, fits))
+    readings: dict[_Key, list[_Reading]] = {}
+    for key, instances in found.items():
+        roles = set.intersection(*(set(fits) for _, fits in instances))
+        options = {tuple(fits[r].after for _, fits in instances): r for r in sorted(roles, reverse=True)}
+        before = tuple(next(iter(fits.values())).before if fits else 0 for _, fits in instances)
+        if not any(o != before for o in options):
+            continue
+        ordered = sorted(options, key=lambda o: (o == before, o))
+        readings[key] = [_Reading(options[o], dict(zip((p for p, _ in instances), o, strict=True))) for o in ordered]
+    return readings
+
+
+def _axes_by_module(resolved: Resolved) -> dict[str, list[_Axis]]:
+    """Every axis, with every part of it, that the nodes and parameters of a module carry."""
+    structure = resolved.structure
+    found: dict[str, dict[Term, _Axis]] = {}
+
+    def note(path: str, term: Term) -> None:
+        for part in _parts(term):
+            at = found.setdefault(path, {})
+            if part not in at and not _is_data(part):
+                at[part] = _Axis(_role(structure, part), size(part), resolved.size_of(part))
+
+    analysis = structure.analysis
+    for node, dims in analysis.dims.items():
+        if node.op != "call_function" or dims is None:
+            continue
+        for path in _enclosing(module_path(node)):
+            for terms in dims if isinstance(dims, list) else [dims]:
+                for term in terms:
+                    note(path, analysis.axes.find(term))
+    for source, terms in analysis.sources.items():
+        for path in _enclosing(source.rpartition(".")[0]):
+            for term in terms:
+                note(path, analysis.axes.find(term))
+    return {path: list(axes.values()) for path, axes in found.items()}
+
+
+def _enclosing(path: str) -> Iterator[str]:
+    steps = path.split(".")
+    for i in range(len(steps), 0, -1):
+        yield ".".join(steps[:i])
+
+
+def _parts(term: Term) -> Iterator[Term]:
+    """A term, its factors, products of neighbouring factors, and its parts."""
+    yield term
+    match term:
+        case Product(factors):
+            for i, j in itertools.combinations(range(len(factors) + 1), 2):
+                if 1 < j - i < len(factors):
+                    yield Product(factors[i:j])
+            for f in factors:
+                yield from _parts(f)
+        case Concat(parts):
+            for p in parts:
+                yield from _parts(p)
+
+
+def _is_data(term: Term) -> bool:
+    return isinstance(term, Atom) and (term.frozen or "").startswith("batch or")
+
+
+def _role(structure: Structure, term: Term) -> str:
+    match term:
+        case Atom():
+            name = structure.atom_groups.get(term, f"{term.size}")
+            layer = next((p for p in structure.layers if name.startswith(p + ".")), "")
+            return name.removeprefix(layer)
+        case Product(factors):
+            return " × ".join(_role(structure, f) for f in factors)
+        case Concat(parts):
+            return "(" + " | ".join(_role(structure, p) for p in parts) + ")"
+
+
+def _apply(module: nn.Module, chosen: Mapping[_Key, _Reading]) -> dict[tuple[str, str], int]:
+    old: dict[tuple[str, str], int] = {}
+    for (_, attribute), reading in chosen.items():
+        for path, value in reading.values.items():
+            owner = module.get_submodule(path)
+            old[path, attribute] = getattr(owner, attribute)
+            setattr(owner, attribute, value)
+    return old
+
+
+def _undo(module: nn.Module, old: Mapping[tuple[str, str], int]) -> None:
+    for (path, attribute), value in old.items():
+        setattr(module.get_submodule(path), attribute, value)
+
+
+def _record(result: PrunedModule, old: Mapping[tuple[str, str], int]) -> None:
+    for (path, attribute), before in old.items():
+        now = getattr(result.module.get_submodule(path), attribute)
+        if now != before:
+            result.attributes.setdefault(path, {})[attribute] = now
+
+
+def _failure_message(
+    module: nn.Module,
+    graph_module: fx.GraphModule,
+    ids: Tensor,
+    keys: Mapping[_Key, list[_Reading]],
+    tried: int,
+    best: float,
+    best_labels: str,
+) -> str:
+    try:
+        agreement(module, graph_module, ids)
+        problem = f"its logits differ from the graph's by {best:.2g} of the largest logit"
+    except (RuntimeError, ValueError, IndexError) as error:
+        problem = f"it does not run ({str(error).strip().splitlines()[0]})"
+    what = "; ".join(f"{p or '(layer)'}.{a}" for p, a in keys) or "no attribute holds an old size"
+    return (
+        f"{type(module).__name__}: the module with sliced weights does not agree with the pruned graph: {problem}. "
+        f"Tried {tried} readings of the attributes that may hold old sizes ({what}); closest: {best_labels or 'none'}. "
+        "The pruned graph itself is sound and can be used"
+    )

@@ -1,0 +1,131 @@
+"""Recipes: lists of passes, as data. YAML in, YAML out; and the presets behind `--method`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from slimgraph.errors import RecipeError
+from slimgraph.passes import (
+    CosineAllocation,
+    FeatureSpace,
+    Magnitude,
+    NoRecovery,
+    Pass,
+    Pearson,
+    RandomImportance,
+    Regression,
+    Sweep,
+    UniformAllocation,
+    Verify,
+    WandaSp,
+    pass_named,
+)
+
+__all__ = ["METHODS", "Recipe", "method"]
+
+METHODS = ("slimllm", "magnitude", "wanda", "random")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Passes in the order in which they run.
+
+    >>> recipe = Recipe.from_yaml("passes: [{magnitude: {}}, {uniform_allocation: {ratio: 0.2}}]")
+    >>> print(recipe.passes[1].ratio)
+    0.2
+    >>> Recipe.from_yaml(recipe.to_yaml()) == recipe
+    True
+    """
+
+    passes: tuple[Pass, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form: {"passes": [{name: fields}, ...]}."""
+        return {"passes": [p.to_recipe() for p in self.passes]}
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML document."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Recipe:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            RecipeError: unknown pass, unknown field, or a value of the wrong type; the message names it.
+        """
+        if not isinstance(data, Mapping) or not isinstance(data.get("passes"), Sequence):
+            raise RecipeError("a recipe is a mapping with a list `passes`, like {passes: [{magnitude: {}}]}")
+        unknown = data.keys() - {"passes"}
+        if unknown:
+            raise RecipeError(f"unknown recipe key {min(map(str, unknown))!r}; expected `passes`")
+        return cls(tuple(_read_pass(i, entry) for i, entry in enumerate(data["passes"], 1)))
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Recipe:
+        """Read a YAML document; see `from_dict` for errors."""
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"the recipe is not YAML: {str(error).splitlines()[0]}") from error
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_file(cls, path: Path) -> Recipe:
+        """Read a YAML file; see `from_dict` for errors."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot read recipe {path}: {error}") from error
+        try:
+            return cls.from_yaml(text)
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from error
+
+
+def method(name: str, ratio: float, *, heads: str = "auto", round_to: int = 8, seed: int = 0) -> Recipe:
+    """The recipe of a named method.
+
+    Args:
+        name: "slimllm", the published method in full; "magnitude", "wanda" or "random" for comparison: these cut all layers
+            alike and refit nothing.
+        ratio: share of all parameters that goes.
+        heads: "kv", "balanced" or "auto".
+        round_to: kept channels are a multiple of this.
+        seed: of the random scores.
+
+    Raises:
+        RecipeError: there is no such method.
+    """
+    if name == "slimllm":
+        allocation = CosineAllocation(ratio=ratio, heads=heads, round_to=round_to)
+        return Recipe((Pearson(), FeatureSpace(), Regression(), allocation, Sweep(), Verify()))
+    scores: dict[str, Pass] = {"magnitude": Magnitude(), "wanda": WandaSp(), "random": RandomImportance(seed=seed)}
+    if name not in scores:
+        raise RecipeError(f"no method is called {name!r}; there are {', '.join(METHODS)}")
+    uniform = UniformAllocation(ratio=ratio, heads=heads, round_to=round_to)
+    return Recipe((scores[name], NoRecovery(), uniform, Sweep(), Verify()))
+
+
+def _read_pass(place: int, entry: Any) -> Pass:
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise RecipeError(f"pass {place} of the recipe: found {entry!r}, expected one name with its fields")
+    ((name, fields),) = entry.items()
+    cls = pass_named(str(name))
+    adapter = TypeAdapter(with_config(ConfigDict(extra="forbid"))(cls))
+    try:
+        return adapter.validate_python(fields or {})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(p) for p in first["loc"]) or "fields"
+        raise RecipeError(
+            f"pass {place} of the recipe, {name}: {where}: {first['msg']} (found {first['input']!r})"
+        ) from error

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slimgraph import hub, text
+from slimgraph.errors import CalibrationError
+
+SENTENCE = "the old cat sits under a tree.\n"  # 9 tokens
+
+
+@pytest.fixture
+def prose(tmp_path: Path) -> Path:
+    path = tmp_path / "prose.txt"
+    path.write_text(SENTENCE * 50, encoding="utf-8")
+    return path
+
+
+def test_a_file_is_one_stream(prose: Path, tiny_tokenizer: Any) -> None:
+    tokens = text.read_tokens(prose, tiny_tokenizer)
+    assert tokens.dtype == torch.int64
+    assert tokens.tolist() == tiny_tokenizer(SENTENCE)["input_ids"] * 50
+    assert text.read_tokens(str(prose), tiny_tokenizer).equal(tokens)
+
+
+def test_limit_takes_the_start(prose: Path, tiny_tokenizer: Any) -> None:
+    whole = text.read_tokens(prose, tiny_tokenizer)
+    assert text.read_tokens(prose, tiny_tokenizer, limit=20).equal(whole[:20])
+    assert text.read_tokens(prose, tiny_tokenizer, limit=10_000).equal(whole)
+    assert text.read_text(prose, limit=45) == SENTENCE  # at the end of a line
+    assert text.read_text(prose, limit=10) == SENTENCE[:10]
+
+
+def test_several_texts_are_joined_by_empty_lines(tiny_tokenizer: Any) -> None:
+    assert text.tokenize(["cat", "dog"], tiny_tokenizer).equal(text.tokenize("cat\n\ndog", tiny_tokenizer))
+    for empty in ("", [], "  "):
+        with pytest.raises(CalibrationError, match="no tokens"):
+            text.tokenize(empty, tiny_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "no text"), (b" \n\n", "no text"), (b"\xff\xfe\x00", "not UTF-8 text: byte 0xff"), (b"a\0b", "binary file")],
+)
+def test_files_without_text(tmp_path: Path, tiny_tokenizer: Any, content: bytes, message: str) -> None:
+    path = tmp_path / "odd"
+    path.write_bytes(content)
+    with pytest.raises(CalibrationError, match=message) as raised:
+        text.read_tokens(path, tiny_tokenizer)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("source", ["missing.txt", "./missing", "/no/such/file", Path("missing")])
+def test_missing_files(tiny_tokenizer: Any, source: str | Path) -> None:
+    with pytest.raises(CalibrationError, match="does not exist"):
+        text.read_tokens(source, tiny_tokenizer)
+
+
+def test_a_directory_is_no_text(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    with pytest.raises(CalibrationError, match="is not a file"):
+        text.read_tokens(tmp_path, tiny_tokenizer)
+
+
+def test_an_unreachable_data_set_is_told_at_once(tiny_tokenizer: Any) -> None:
+    with pytest.raises(CalibrationError, match="neither a text file here nor a data set") as raised:
+        text.read_tokens("somebody/books:small@test", tiny_tokenizer)
+    assert "the hub cannot be reached" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Puts a data set of three rows in place of every data set; collects what was asked for."""
+    import datasets
+
+    calls: list[tuple[Any, ...]] = []
+
+    def load(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        calls.append((name, config, split, streaming))
+        column = "body" if name == "odd" else "text"
+        rows = datasets.Dataset.from_dict({column: ["a cat", "a dog", "a tree"]})
+        return rows.to_iterable_dataset() if streaming else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return calls
+
+
+def test_a_data_set_gives_its_text_column(asked: list[tuple[Any, ...]], tiny_tokenizer: Any) -> None:
+    assert text.read_text("books") == "a cat\n\na dog\n\na tree"
+    assert text.read_text("somebody/books:small@test") == "a cat\n\na dog\n\na tree"
+    assert asked == [("books", None, "train", False), ("somebody/books", "small", "test", False)]
+
+
+def test_a_limited_data_set_is_streamed(asked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    assert text.read_text("books", limit=10) == "a cat\n\n"
+    assert asked == [("books", None, "train", True)]
+
+
+def test_a_data_set_without_text_names_its_columns(asked: list[tuple[Any, ...]]) -> None:
+    with pytest.raises(CalibrationError, match="no column 'text', found 'body'"):
+        text.read_text("odd")
+
+
+def test_windows_drop_the_tail() -> None:
+    tokens = torch.arange(10)
+    assert text.windows(tokens, 3).tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert text.windows(tokens, 10).tolist() == [list(range(10))]
+    with pytest.raises(CalibrationError, match="10 tokens found, 11 needed"):
+        text.windows(tokens, 11)
+
+
+def test_a_calibration_batch_is_drawn_without_overlap() -> None:
+    tokens = torch.arange(1000)
+    batch = text.calibration_batch(tokens, samples=8, seq_len=16, seed=3)
+    assert batch.shape == (8, 16)
+    assert batch.dtype == torch.int64
+    assert (batch[:, 1:] - batch[:, :-1] == 1).all()  # each window is a run of the stream
+    assert (batch[:, 0] % 16 == 0).all()
+    assert len(batch.unique()) == 8 * 16
+
+
+def test_the_seed_decides_the_draw() -> None:
+    tokens = torch.arange(1000)
+    first = text.calibration_batch(tokens, samples=8, seq_len=16, seed=3)
+    torch.manual_seed(99)  # the global generator has no part in it
+    assert text.calibration_batch(tokens, samples=8, seq_len=16, seed=3).equal(first)
+    assert not text.calibration_batch(tokens, samples=8, seq_len=16, seed=4).equal(first)
+
+
+def test_too_short_a_text_says_by_how_much() -> None:
+    with pytest.raises(CalibrationError, match="127 tokens found, 128 needed for 8 samples of 16"):
+        text.calibration_batch(torch.arange(127), samples=8, seq_len=16, seed=0)
+    with pytest.raises(CalibrationError, match="at least 1 sample"):
+        text.calibration_batch(torch.arange(127), samples=0, seq_len=16, seed=0)
+
+
+def test_demo_texts_are_long_plain_and_different() -> None:
+    calibration, evaluation = text.demo_texts()
+    assert len(calibration) > 100_000
+    assert len(evaluation) > 35_000
+    assert not set(calibration.split("\n\n")) & set(evaluation.split("\n\n"))
+    for prose in (calibration, evaluation):
+        assert ">>>" not in prose
+        assert "****" not in prose
+        assert min(map(len, prose.split("\n\n"))) >= 80
+    assert text.demo_texts() == (calibration, evaluation)
