@@ -25,8 +25,10 @@ class _Allocation(Pass):
 
     Attributes:
         ratio: share of all parameters of the model that goes, added biases counted.
-        unit_ratio: instead of `ratio`, the share of units that goes, averaged over the cut layers (the method's own ratio).
-        heads: "kv", "balanced" or "auto": what is removed under grouped-query attention; see `slimgraph.units.units_of`.
+        unit_ratio: instead of `ratio`, the share of units that goes, averaged over the cut layers (the method's own
+            ratio).
+        heads: "kv", "balanced" or "auto": what is removed under grouped-query attention; see
+            `slimgraph.units.units_of`.
         round_to: kept channels are a multiple of this.
         kinds: sites that are cut: "both", "heads" or "channels".
     """
@@ -90,8 +92,8 @@ class CosineAllocation(_Allocation):
     proportion to softmax(alpha · s).
 
     Attributes:
-        alpha: sharpness of the softmax. By default 10 at a fifth of the parameters, 7 at a half and in proportion between
-            and beyond, the published settings.
+        alpha: sharpness of the softmax. By default 10 at a fifth of the parameters, 7 at a half and in proportion
+            between and beyond, the published settings.
         layers: number of layers that are cut. By default 26 of 32 at a fifth, 30 of 32 at a half, likewise.
     """
 

@@ -25,8 +25,8 @@ __all__ = ["ApplyPlan", "Sweep"]
 class Sweep(Pass):
     """Score, remove and refit at every site in one go over the model.
 
-    Needs what the passes before it recorded: how units are chosen, how many stay, and how to refit. Each site is decided
-    with the activations that the sites before it, already pruned, produce (SlimLLM, section 3.1).
+    Needs what the passes before it recorded: how units are chosen, how many stay, and how to refit. Each site is
+    decided with the activations that the sites before it, already pruned, produce (SlimLLM, section 3.1).
     """
 
     def run(self, graph_module: fx.GraphModule, state: State) -> fx.GraphModule:

@@ -18,7 +18,7 @@ __all__ = ["Verify"]
 @register
 @dataclass(frozen=True)
 class Verify(Pass):
-    """Every invariant of a graph: it is well formed, its shapes agree, the analysis accepts it, its numbers are finite."""
+    """Every invariant of a graph: well formed, consistent shapes, accepted by the analysis, finite numbers."""
 
     def run(self, graph_module: fx.GraphModule, state: State) -> None:
         """Check; raises on the first thing that does not hold."""

@@ -94,8 +94,9 @@ def solve(goal: Goal, ratio: float) -> Budget:
     if _after(goal, _keep(goal, high)) > wanted + _tolerance(goal, before):
         reachable = 1 - _after(goal, _keep(goal, high)) / before
         raise PlanError(
-            f"ratio {ratio:g} cannot be reached: with every unit but the last removed from {len(goal.weights)} layers, "
-            f"{reachable:.4f} of the {before:,} parameters go. Ask for at most {reachable:.4f}, or let more layers be cut"
+            f"ratio {ratio:g} cannot be reached: with every unit but the last removed from {len(goal.weights)} "
+            f"layers, {reachable:.4f} of the {before:,} parameters go. Ask for at most {reachable:.4f}, "
+            "or let more layers be cut"
         )
     for _ in range(_STEPS):
         middle = (low + high) / 2
@@ -109,7 +110,7 @@ def solve(goal: Goal, ratio: float) -> Budget:
 
 
 def at_factor(goal: Goal, factor: float) -> Budget:
-    """The budget with a given factor: layer l loses the share factor * weights[l] of its units (SlimLLM's own ratio)."""
+    """The budget where layer l loses the share factor * weights[l] of its units: SlimLLM's own ratio."""
     keep = _keep(goal, factor)
     ratios = {layer: min(1.0, factor * w) for layer, w in goal.weights.items()}
     return Budget(keep, ratios, sum(goal.sizes.values()), _after(goal, keep))

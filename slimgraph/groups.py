@@ -211,9 +211,9 @@ class Structure:
             "tied": self.tied,
         }
 
-    def to_networkx(self) -> nx.Graph:
+    def to_networkx(self) -> nx.Graph[str]:
         """Groups and tensors as a bipartite graph; an edge is an occurrence, a site's edge is marked."""
-        graph = nx.Graph()
+        graph: nx.Graph[str] = nx.Graph()
         for group in self.groups.values():
             graph.add_node(
                 group.name,

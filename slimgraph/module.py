@@ -123,8 +123,8 @@ def _add_biases(
         owner = result.module.get_submodule(path)
         if getattr(owner, "bias", owner) is not None:
             raise ModelError(
-                f"{path}: recovery adds a bias here, but {type(owner).__name__} has no place for one (expected an attribute "
-                "`bias` that is None). The pruned graph has it; for the module use a recovery without bias"
+                f"{path}: recovery adds a bias here, but {type(owner).__name__} has no place for one (expected an "
+                "attribute `bias` that is None). The pruned graph has it; for the module use a recovery without bias"
             )
         name = f"{path}.bias"
         assign(result.module, name, tensor_at(pruned_graph, name))

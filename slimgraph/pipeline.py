@@ -149,7 +149,7 @@ def prune(
     with watch("analyse"):
         structure = infer(dense)
     state = State(
-        batches=[b.to(device) for b in ids.split(_batch_size(dense, batch))],
+        batches=[b.to(device) for b in torch.split(ids, _batch_size(dense, batch))],
         sizes={name: p.numel() for name, p in model.named_parameters()},
         watch=watch,
         progress=progress or SILENT,

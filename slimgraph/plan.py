@@ -53,7 +53,7 @@ class Plan:
     cuts: Mapping[str, Cut] = field(default_factory=dict)
 
     def merged(self, other: Plan) -> Plan:
-        """This plan with another's cuts added.
+        """A plan with the cuts of both.
 
         Raises:
             PlanError: both cut the same group.
@@ -117,11 +117,19 @@ class Resolved:
     structure: Structure
     plan: Plan
     selections: dict[str, dict[int, Tensor]]
-    _kept: dict[Atom, int]
+    _masks: dict[Atom, Tensor]
+    _outer: dict[Atom, Atom | None]
+
+    def __post_init__(self) -> None:
+        self._kept = {atom: int(mask[0].sum()) for atom, mask in self._masks.items()}
 
     def size_of(self, term: Term) -> int:
         """Size of a term after the cut."""
         return size_with(self.structure.analysis.axes.find(term), self._kept)
+
+    def positions(self, term: Term) -> Tensor | None:
+        """(n_kept,) int64, positions of a term that stay; None when all do."""
+        return _positions(self.structure, term, self._masks, self._outer)
 
     def shape(self, source: str) -> tuple[int, ...]:
         """Shape of a parameter, buffer or created tensor after the cut."""
@@ -138,8 +146,8 @@ def resolve(structure: Structure, plan: Plan) -> Resolved:
     """Check a plan against a structure and work out every selection.
 
     Raises:
-        PlanError: an unknown or frozen group, a group of another size, units out of range or out of order, rows of unequal
-            length, or a choice that depends on a group which is not there everywhere.
+        PlanError: an unknown or frozen group, a group of another size, units out of range or out of order, rows of
+            unequal length, or a choice that depends on a group which is not there everywhere.
     """
     masks: dict[Atom, Tensor] = {}
     outer: dict[Atom, Atom | None] = {}
@@ -157,7 +165,7 @@ def resolve(structure: Structure, plan: Plan) -> Resolved:
             positions = _positions(structure, term, masks, outer)
             if positions is not None:
                 selections.setdefault(source, {})[dim] = positions
-    return Resolved(structure, plan, selections, {a: int(m[0].sum()) for a, m in masks.items()})
+    return Resolved(structure, plan, selections, masks, outer)
 
 
 def _checked(structure: Structure, name: str, cut: Cut) -> Atom:
@@ -186,8 +194,8 @@ def _check_within(structure: Structure, name: str, atom: Atom, within: str) -> N
             present = {a for t in terms for a in analysis.axes.atoms(t)}
             if atom in present and other not in present:
                 raise PlanError(
-                    f"group {name!r} cannot be cut differently for each unit of {within!r}: {where} holds the one without "
-                    "the other. Keep the same units for all"
+                    f"group {name!r} cannot be cut differently for each unit of {within!r}: {where} holds the one "
+                    "without the other. Keep the same units for all"
                 )
 
 

@@ -93,8 +93,8 @@ def method(name: str, ratio: float, *, heads: str = "auto", round_to: int = 8, s
     """The recipe of a named method.
 
     Args:
-        name: "slimllm", the published method in full; "magnitude", "wanda" or "random" for comparison: these cut all layers
-            alike and refit nothing.
+        name: "slimllm", the published method in full; "magnitude", "wanda" or "random" for comparison: these cut all
+            layers alike and refit nothing.
         ratio: share of all parameters that goes.
         heads: "kv", "balanced" or "auto".
         round_to: kept channels are a multiple of this.

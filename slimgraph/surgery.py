@@ -5,7 +5,7 @@ The input graph module is not changed. Tensors that lose nothing are shared with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from slimgraph.errors import GraphError
 from slimgraph.plan import Resolved
 from slimgraph.rules import Resizing, find_rule, operator_name
-from slimgraph.trace import tensor_at
+from slimgraph.trace import call, tensor_at
 
 __all__ = ["Refit", "assign", "prune_graph", "refresh_shapes"]
 
@@ -115,13 +115,12 @@ def refresh_shapes(graph_module: fx.GraphModule) -> None:
                 tensor = tensor_at(graph_module, str(node.target))
                 values[node] = mode.from_tensor(tensor, static_shapes=True)
             elif node.op == "call_function":
-                arguments = fx.map_arg(node.args, values.__getitem__)
-                options = fx.map_arg(node.kwargs, values.__getitem__)
                 try:
-                    values[node] = node.target(*arguments, **options)
+                    values[node] = call(node, values.__getitem__)
                 except Exception as error:
                     raise GraphError(
-                        f"{node.name}: {operator_name(node)} does not fit its inputs any more: {str(error).splitlines()[0]}"
+                        f"{node.name}: {operator_name(node)} does not fit its inputs any more: "
+                        f"{str(error).splitlines()[0]}"
                     ) from error
             if node in values:
                 node.meta["val"] = values[node]
@@ -149,7 +148,7 @@ def _select_created(module: fx.GraphModule, node: fx.Node, selections: dict[int,
             index = module.graph.get_attr(name)
         with module.graph.inserting_after(index):
             chosen = module.graph.call_function(torch.ops.aten.index_select.default, (made, dim, index))
-        made.replace_all_uses_with(chosen, delete_user_cb=lambda user, chosen=chosen: user is not chosen)
+        made.replace_all_uses_with(chosen, delete_user_cb=_all_but(chosen))
         made = chosen
 
 
@@ -174,7 +173,11 @@ def _refit(module: fx.GraphModule, node: fx.Node, parameter: str, in_dim: int, b
         return
     with module.graph.inserting_after(node):
         biased = module.graph.call_function(torch.ops.aten.add.Tensor, (node, added))
-    node.replace_all_uses_with(biased, delete_user_cb=lambda user: user is not biased)
+    node.replace_all_uses_with(biased, delete_user_cb=_all_but(biased))
+
+
+def _all_but(node: fx.Node) -> Callable[[fx.Node], bool]:
+    return lambda user: user is not node
 
 
 def _check_shapes(resolved: Resolved, copies: dict[fx.Node, fx.Node]) -> None:

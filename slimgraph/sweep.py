@@ -20,7 +20,7 @@ from slimgraph.groups import Site, Structure
 from slimgraph.moments import Moments, Norms
 from slimgraph.progress import SILENT, Progress
 from slimgraph.surgery import Refit
-from slimgraph.trace import tensor_at
+from slimgraph.trace import call, tensor_at
 from slimgraph.units import Units, origin_units
 
 __all__ = ["Decision", "Observer", "Weights", "layer_similarity", "run", "sweep"]
@@ -73,8 +73,8 @@ def run(
         batches: micro-batches of token ids, (samples, tokens) int64 each.
         weights: fetches parameters; the graph module's own by default.
         observers: called as values come by.
-        stops: node name -> (name of its input node, function). The function sees that input for all micro-batches at once
-            and may return a replacement for the node: a function from input to output.
+        stops: node name -> (name of its input node, function). The function sees that input for all micro-batches at
+            once and may return a replacement for the node: a function from input to output.
         progress: shows nodes as they are done.
         stage: what to call this in the progress.
     """
@@ -91,15 +91,14 @@ def run(
 
     def step(node: fx.Node, replacement: Callable[[Tensor], Tensor] | None = None, reads: str = "") -> None:
         for mine, ids in zip(values, batches, strict=True):
-            look = lambda n, mine=mine: shared[n] if n in shared else mine[n]  # noqa: E731
             if node.op == "placeholder":
                 mine[node] = ids
             elif replacement is not None:
                 mine[node] = replacement(mine[by_name[reads]])
             else:
-                mine[node] = node.target(*fx.map_arg(node.args, look), **fx.map_arg(node.kwargs, look))
+                mine[node] = call(node, _lookup(shared, mine))
             for o in watching.get(node.name, ()):
-                o.call(*(look(by_name[name]) for name in o.needs))
+                o.call(*map(_lookup(shared, mine), (by_name[name] for name in o.needs)))
 
     with torch.no_grad(), (progress or SILENT)(stage, total=len(nodes)) as tick:
         for node in nodes:
@@ -115,6 +114,10 @@ def run(
                 for mine in values:
                     mine.pop(dead, None)
             tick()
+
+
+def _lookup(shared: dict[fx.Node, Any], mine: dict[fx.Node, Any]) -> Callable[[fx.Node], Any]:
+    return lambda node: shared[node] if node in shared else mine[node]
 
 
 def _needed(graph_module: fx.GraphModule, looked_at: set[str]) -> list[fx.Node]:
@@ -148,7 +151,7 @@ def layer_similarity(
     weights: Weights | None = None,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Mean over tokens of the cosine similarity between each layer's input and output (SlimLLM, section on layer ratios).
+    """Mean over tokens of the cosine similarity between each layer's input and output (SlimLLM, section 3.5).
 
     Computed in float32 on the dense model.
 

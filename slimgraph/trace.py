@@ -1,9 +1,9 @@
 """Model in, graph out: `torch.export` of a causal language model into a plain `torch.fx` graph module.
 
 The result takes `input_ids` (batch, tokens) int64 and returns the logits (batch, tokens, vocabulary). Parameters and
-buffers are `get_attr` nodes whose targets are the model's own names, so that the graph module is an ordinary module that
-any `torch.fx` pass can work on. Shapes suffice for tracing: weights may be real, fake or on the meta device, and are
-shared with the model, never copied.
+buffers are `get_attr` nodes whose targets are the model's own names, so that the graph module is an ordinary module
+that any `torch.fx` pass can work on. Shapes suffice for tracing: weights may be real, fake or on the meta device, and
+are shared with the model, never copied.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch.fx.node import map_aggregate
 
 from slimgraph.errors import GraphError, ModelError
 
-__all__ = ["canonical_names", "is_static", "module_path", "retarget", "tensor_at", "trace"]
+__all__ = ["call", "canonical_names", "is_static", "module_path", "retarget", "tensor_at", "trace"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ class _Logits(nn.Module):
         logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
         if not isinstance(logits, Tensor) or logits.ndim != 3:
             raise ModelError(
-                f"{type(self.get_submodule(_WRAPPED)).__name__} is not a causal language model: called with input_ids it "
-                f"returned {type(out).__name__} without logits of shape (batch, tokens, vocabulary)"
+                f"{type(self.get_submodule(_WRAPPED)).__name__} is not a causal language model: called with input_ids "
+                f"it returned {type(out).__name__} without logits of shape (batch, tokens, vocabulary)"
             )
         return logits
 
@@ -56,8 +56,8 @@ def trace(model: nn.Module, *, shape: tuple[int, int] | None = None) -> fx.Graph
     Args:
         model: any module that maps `input_ids` to logits or to an output with `.logits`. Not changed; its training flag
             is put back.
-        shape: (batch, tokens) to fall back on when the model cannot be traced with free batch and length; the graph then
-            works for this shape only. Without it such a model is an error.
+        shape: (batch, tokens) to fall back on when the model cannot be traced with free batch and length; the graph
+            then works for this shape only. Without it such a model is an error.
 
     Returns:
         A graph module that shares its parameters with the model.
@@ -111,6 +111,13 @@ def tensor_at(module: nn.Module, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise GraphError(f"{name} is a {type(value).__name__}, expected a parameter or buffer")
     return value
+
+
+def call(node: fx.Node, look: Callable[[fx.Node], Any]) -> Any:
+    """What a call_function node computes, given the values of the nodes it reads."""
+    if not callable(node.target):
+        raise GraphError(f"{node.name}: found a {node.op} node; expected a call of an operator")
+    return node.target(*fx.map_arg(node.args, look), **fx.map_arg(node.kwargs, look))
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:

@@ -67,8 +67,8 @@ def units_of(structure: Structure, site: Site, heads: str = "auto") -> Units:
     Args:
         structure: where the site is from.
         site: the site.
-        heads: for grouped-query attention, "kv" removes whole kv groups with all their heads, "balanced" removes the same
-            number of heads from every kv group. "auto" is balanced where a kv group has several heads.
+        heads: for grouped-query attention, "kv" removes whole kv groups with all their heads, "balanced" removes the
+            same number of heads from every kv group. "auto" is balanced where a kv group has several heads.
 
     Raises:
         PlanError: `heads` is none of these.

@@ -14,7 +14,7 @@ from slimgraph.rules.registry import Context, Contraction, Dims, Resizing, rule
 
 @rule("aten.linear", golden="(* i), (o i), (o)? -> (* o)")
 def linear(cx: Context, x: Dims, weight: Dims, bias: Dims | None = None) -> Dims:
-    cx.contract(x[-1], weight[1], 0, 1, right_dim=1)
+    cx.contract(x, weight, (-1, 1))
     if bias is not None:
         cx.unify(bias[0], weight[0])
     return (*x[:-1], weight[0])
@@ -22,7 +22,7 @@ def linear(cx: Context, x: Dims, weight: Dims, bias: Dims | None = None) -> Dims
 
 @rule("aten.addmm", golden="(o), (n i), (i o) -> (n o)")
 def addmm(cx: Context, bias: Dims, x: Dims, weight: Dims, **_: Any) -> Dims:
-    cx.contract(x[1], weight[0], 1, 2, right_dim=0)
+    cx.contract(x, weight, (1, 0), (1, 2))
     return cx.broadcast((x[0], weight[1]), bias)
 
 
@@ -30,8 +30,7 @@ def addmm(cx: Context, bias: Dims, x: Dims, weight: Dims, **_: Any) -> Dims:
 def matmul(cx: Context, left: Dims, right: Dims) -> Dims:
     rows = left[-2:-1]
     columns = right[-1:] if len(right) > 1 else ()
-    summed = len(right) - 2 if len(right) > 1 else 0
-    cx.contract(left[-1], right[summed], 0, 1, right_dim=summed)
+    cx.contract(left, right, (-1, -2 if len(right) > 1 else 0))
     batch = cx.broadcast(left[:-2], right[:-2])
     cx.batch_of_activations(batch, 0, 1)
     return (*batch, *rows, *columns)
@@ -39,7 +38,7 @@ def matmul(cx: Context, left: Dims, right: Dims) -> Dims:
 
 @rule("aten.baddbmm", golden="(b n m), (b n i), (b i m) -> (b n m)")
 def baddbmm(cx: Context, added: Dims, left: Dims, right: Dims, **_: Any) -> Dims:
-    cx.contract(left[2], right[1], 1, 2, right_dim=1)
+    cx.contract(left, right, (2, 1), (1, 2))
     batch = cx.broadcast(left[:1], right[:1])
     cx.batch_of_activations(batch, 1, 2)
     return cx.broadcast((*batch, left[1], right[2]), added)
@@ -71,7 +70,7 @@ def attention(
 ) -> Dims:
     if enable_gqa:
         key, value = _spread_heads(cx, query, key), _spread_heads(cx, query, value)
-    cx.contract(query[-1], key[-1], 0, 1, right_dim=len(key) - 1)
+    cx.contract(query, key, (-1, -1))
     cx.unify(key[-2], value[-2])
     batch = cx.broadcast(query[:-2], key[:-2], value[:-2])
     cx.batch_of_activations(batch, 0, 1)
@@ -88,8 +87,8 @@ def _spread_heads(cx: Context, query: Dims, shared: Dims) -> Dims:
 
 
 @rule("aten.einsum", golden="einsum(pattern): a letter is an axis")
-def einsum(cx: Context, pattern: str, tensors: list[Dims], **_: Any) -> Dims:
-    inputs, _, output = pattern.replace(" ", "").partition("->")
+def einsum(cx: Context, pattern: str, tensors: list[Dims], **options: Any) -> Dims:
+    inputs, _arrow, output = pattern.replace(" ", "").partition("->")
     names = inputs.split(",")
     if not output or "." in pattern or any(len(n) != len(t) for n, t in zip(names, tensors, strict=True)):
         raise GraphError(f"{cx.node.name}: einsum pattern {pattern!r} is not understood; spell out every axis")
@@ -106,7 +105,9 @@ def einsum(cx: Context, pattern: str, tensors: list[Dims], **_: Any) -> Dims:
         for letter in left:
             if letter in right and letter not in output:
                 a, b = _listed(cx, 0), _listed(cx, 1)
-                cx.contractions.append(Contraction(cx.node, a, b, axes[letter], right.index(letter)))
+                cx.contractions.append(
+                    Contraction(cx.node, a, b, axes[letter], left.index(letter), right.index(letter))
+                )
     return tuple(axes[c] for c in output)
 
 
@@ -146,7 +147,7 @@ def conv1d(
     cx.freeze(weight[2], "positions of a convolution kernel")
     cx.freeze(x[2], "positions that a convolution slides over")
     if groups == 1:
-        cx.contract(x[1], weight[1], 0, 1, right_dim=1)
+        cx.contract(x, weight, (1, 1))
     elif size(weight[1]) == 1 and size(x[1]) == size(weight[0]):
         cx.unify(x[1], weight[0])
     else:

@@ -58,13 +58,14 @@ class Contraction:
         node: the contracting node.
         left, right: the nodes it reads; by convention `right` is the weight when there is one.
         term: the axis that is summed away.
-        right_dim: where that axis lies in `right`.
+        left_dim, right_dim: where that axis lies in `left` and in `right`.
     """
 
     node: fx.Node
     left: fx.Node
     right: fx.Node
     term: Term
+    left_dim: int
     right_dim: int
 
 
@@ -72,7 +73,7 @@ class Contraction:
 class Resizing:
     """What a `resize` function may ask: the terms of a node, and the new size of a term."""
 
-    dims: Callable[[fx.Node], Any]
+    dims: Callable[[Any], Any]
     size_of: SizeOf
     axes: Axes
 
@@ -177,11 +178,19 @@ class Context:
             result.append(self.axes.find(terms[0]) if terms else ONE)
         return tuple(result)
 
-    def contract(self, left: Term, right: Term, left_arg: int, right_arg: int, right_dim: int) -> None:
-        """Unify two axes that are summed over, and remember the contraction."""
-        self.unify(left, right)
-        a, b = self.argument(left_arg), self.argument(right_arg)
-        self.contractions.append(Contraction(self.node, a, b, left, right_dim))
+    def contract(self, left: Dims, right: Dims, dims: tuple[int, int], arguments: tuple[int, int] = (0, 1)) -> None:
+        """Unify two axes that are summed over, and remember the contraction.
+
+        Args:
+            left: terms of the one tensor.
+            right: terms of the other.
+            dims: which dimension of each is summed over.
+            arguments: which arguments of the operator the two tensors are.
+        """
+        left_dim, right_dim = dims[0] % len(left), dims[1] % len(right)
+        self.unify(left[left_dim], right[right_dim])
+        a, b = (self.argument(i) for i in arguments)
+        self.contractions.append(Contraction(self.node, a, b, left[left_dim], left_dim, right_dim))
 
     def argument(self, index: int) -> fx.Node:
         """The node that is the operator's index-th argument."""

@@ -258,7 +258,8 @@ def _resize_narrow(node: fx.Node, to: Resizing) -> None:
 
 @rule("aten.narrow.default", golden="(a|b|c) -> (b)", resize=_resize_narrow)
 def narrow(cx: Context, x: Dims, dim: int, start: int, length: int) -> Dims:
-    return slice_(cx, x, dim, start, start + length)
+    narrowed: Dims = slice_(cx, x, dim, start, start + length)
+    return narrowed
 
 
 def _resize_split(node: fx.Node, to: Resizing) -> None:
