@@ -7,6 +7,7 @@ killed run leaves behind carries a name that says so, and is refused by `load`.
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from slimgraph.errors import CheckpointError
 from slimgraph.manifest import Manifest
 from slimgraph.weightfiles import check_stored, stored_tensors, weight_files
 
-__all__ = ["load", "load_manifest", "save"]
+__all__ = ["check_target", "load", "load_manifest", "save"]
 
 _CONFIG = "config.json"
 _PARTIAL = ".slimgraph-partial-"  # being written
@@ -57,7 +58,7 @@ def save(
     """
     target = Path(directory).resolve()
     _check_model(model)
-    _check_target(target, force=force)
+    check_target(target, force=force)
     hf.verify(model, manifest)
     hf.attach(model, manifest)
     try:
@@ -148,6 +149,39 @@ def load_manifest(directory: str | Path) -> Manifest | None:
     return Manifest.from_dict(fields, source=str(file))
 
 
+def check_target(directory: str | Path, *, force: bool = False) -> None:
+    """Check that a checkpoint can be written there; worth asking before long work. Nothing is written.
+
+    Raises:
+        CheckpointError: the place is a file, lies below one, cannot be written, or holds something that must stay.
+    """
+    target = Path(directory).resolve()
+    if not target.exists():
+        _check_parent(target)
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target} is a file, expected a directory or nothing; choose another place")
+    if not any(target.iterdir()):
+        return
+    if not force:
+        raise CheckpointError(
+            f"{target} exists and is not empty, nothing was written; choose another directory or ask for it to be "
+            "replaced (force)"
+        )
+    if not (target / _CONFIG).is_file():
+        raise CheckpointError(
+            f"{target} exists, is not empty and holds no {_CONFIG}, nothing was written: only a checkpoint is ever "
+            "replaced; choose another directory"
+        )
+
+
+def _check_parent(target: Path) -> None:
+    nearest = next(parent for parent in target.parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        found = "cannot be written" if nearest.is_dir() else "is a file"
+        raise CheckpointError(f"{target} cannot be made: {nearest} {found}; choose another place")
+
+
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         raise CheckpointError(
@@ -168,25 +202,6 @@ def _check_model(model: nn.Module) -> None:
         raise CheckpointError(
             f"parameter {on_meta!r} is on the meta device and has no values, expected weights in memory; "
             "load the model without offloading"
-        )
-
-
-def _check_target(target: Path, *, force: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise CheckpointError(f"{target} is a file, expected a directory or nothing; choose another place")
-    if not any(target.iterdir()):
-        return
-    if not force:
-        raise CheckpointError(
-            f"{target} exists and is not empty, nothing was written; choose another directory or ask for it to be "
-            "replaced (force)"
-        )
-    if not (target / _CONFIG).is_file():
-        raise CheckpointError(
-            f"{target} exists, is not empty and holds no {_CONFIG}, nothing was written: only a checkpoint is ever "
-            "replaced; choose another directory"
         )
 
 

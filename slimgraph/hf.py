@@ -21,11 +21,22 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from slimgraph.attributes import get_attribute, set_attribute
 from slimgraph.errors import CheckpointError
 from slimgraph.manifest import AttributeValue, Manifest
 from slimgraph.weightfiles import check_stored, stored_tensors
 
-__all__ = ["METHOD", "SlimgraphConfig", "SlimgraphQuantizer", "apply", "attach", "register", "tied_names", "verify"]
+__all__ = [
+    "METHOD",
+    "SlimgraphConfig",
+    "SlimgraphQuantizer",
+    "apply",
+    "attach",
+    "manifest_of",
+    "register",
+    "tied_names",
+    "verify",
+]
 
 METHOD = "slimgraph"
 """The `quant_method` of pruned checkpoints."""
@@ -150,6 +161,12 @@ def attach(model: PreTrainedModel, manifest: Manifest) -> None:
         module._non_persistent_buffers_set.discard(leaf)
 
 
+def manifest_of(model: nn.Module) -> Manifest | None:
+    """The manifest of a model that was pruned before; None for any other."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return config.manifest if isinstance(config, SlimgraphConfig) else None
+
+
 def verify(model: PreTrainedModel, manifest: Manifest) -> None:
     """Check that the manifest leads from the model's class, as built from its configuration, to the model.
 
@@ -261,14 +278,21 @@ def _set_buffer(model: PreTrainedModel, name: str, shape: list[int], dtype: torc
 def _set_attributes(model: PreTrainedModel, path: str, values: Mapping[str, AttributeValue]) -> None:
     module = _module(model, path)
     for name, value in values.items():
-        current = getattr(module, name, _ABSENT)
+        current = _attribute(module, name)
         if not isinstance(current, bool | int | float | str | list | tuple | None):
             found = "no such attribute" if current is _ABSENT else f"a {type(current).__name__}"
             raise CheckpointError(
                 f"the manifest sets the attribute {name!r} of {path or 'the model'!r} to {value}, "
                 f"{type(model).__name__} as built from its configuration has {found} there"
             )
-        setattr(module, name, _as_python(value, like=current))
+        set_attribute(module, name, _as_python(value, like=current))
+
+
+def _attribute(module: torch.nn.Module, name: str) -> object:
+    try:
+        return get_attribute(module, name)
+    except AttributeError:
+        return _ABSENT
 
 
 def _as_python(value: AttributeValue, *, like: object) -> object:
@@ -281,7 +305,7 @@ def _as_python(value: AttributeValue, *, like: object) -> object:
 def _check_attributes(model: PreTrainedModel, path: str, values: Mapping[str, AttributeValue]) -> None:
     module = _module(model, path)
     for name, value in values.items():
-        found = getattr(module, name, None)
+        found = _attribute(module, name)
         if (list(found) if isinstance(found, tuple) else found) != value:
             raise CheckpointError(
                 f"the manifest does not describe the model: attribute {name!r} of {path or 'the model'!r} is {found}, "

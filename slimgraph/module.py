@@ -1,9 +1,9 @@
 """A resolved plan applied to the Hugging Face module (or any module) that was traced.
 
 The pruned module is a copy whose unchanged tensors are shared with the original. Python attributes that hold old sizes
-are found by value: an integer on a module equal to the old size of an axis that the module's own graph nodes carry is a
-candidate for the new size. Where a value fits several axes, each reading is tried and the module is run against the
-pruned graph; the reading that agrees is taken. No list of architectures or attribute names is involved.
+are found by value: an integer that a module reads in its forward pass and that equals the old size of an axis which the
+module's own graph nodes carry is a candidate for the new size. Where a value fits several axes, each reading is tried and
+the module is run against the pruned graph; the reading that agrees is taken. No list of architectures or attribute names is involved.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from slimgraph.attributes import get_attribute, integers_read, set_attribute
 from slimgraph.axes import Atom, Concat, Product, Term, size
 from slimgraph.errors import ModelError
 from slimgraph.groups import Structure
@@ -74,7 +75,7 @@ def prune_module(
     _replace_tensors(model, result, pruned_graph)
     _add_biases(result, resolved.structure, pruned_graph, refits or {})
     _resize_torch_modules(result)
-    _fit_attributes(result, resolved, pruned_graph)
+    _fit_attributes(model, result, resolved, pruned_graph)
     return result
 
 
@@ -168,9 +169,9 @@ class _Reading:
     values: dict[str, int]
 
 
-def _fit_attributes(result: PrunedModule, resolved: Resolved, pruned_graph: fx.GraphModule) -> None:
+def _fit_attributes(model: nn.Module, result: PrunedModule, resolved: Resolved, pruned_graph: fx.GraphModule) -> None:
     ids = _probe(resolved.structure)
-    keys = _readings(result.module, resolved)
+    keys = _readings(model, resolved, ids)
     tried = 0
     best, best_labels = math.inf, ""
     for combination in itertools.product(*keys.values()):
@@ -210,30 +211,44 @@ def _agreement_or_inf(module: nn.Module, graph_module: fx.GraphModule, ids: Tens
         return math.inf
 
 
-def _readings(module: nn.Module, resolved: Resolved) -> dict[_Key, list[_Reading]]:
-    """For each attribute that may hold an old size, the ways to read it; those that change it come first."""
+def _readings(model: nn.Module, resolved: Resolved, ids: Tensor) -> dict[_Key, list[_Reading]]:
+    """For each attribute that may hold an old size, the ways to read it; those that change it come first.
+
+    An attribute that the forward pass reads is tried in every reading. One that it does not read is changed when there is
+    only one reading, for whoever looks at it later.
+    """
     axes = _axes_by_module(resolved)
     layers = resolved.structure.layers
+    read = integers_read(model, ids)
     found: dict[_Key, list[tuple[str, dict[str, _Axis]]]] = {}
-    for path, owner in module.named_modules():
+    seen: set[_Key] = set()
+    for path, owner in model.named_modules():
         layer = next((p for p in layers if path == p or path.startswith(p + ".")), None)
         if layer is None or isinstance(owner, (nn.Linear, nn.Embedding)):
             continue
         here = {a.role: a for a in axes.get(path, ())}
-        for attribute, value in vars(owner).items():
-            if type(value) is int and value > 1:
-                fits = {r: a for r, a in here.items() if a.before == value}
-                found.setdefault((path.removeprefix(layer), attribute), []).append((path, fits))
-    readings: dict[_Key, list[_Reading]] = {}
-    for key, instances in found.items():
-        roles = set.intersection(*(set(fits) for _, fits in instances))
-        options = {tuple(fits[r].after for _, fits in instances): r for r in sorted(roles, reverse=True)}
-        before = tuple(next(iter(fits.values())).before if fits else 0 for _, fits in instances)
-        if not any(o != before for o in options):
-            continue
-        ordered = sorted(options, key=lambda o: (o == before, o))
-        readings[key] = [_Reading(options[o], dict(zip((p for p, _ in instances), o, strict=True))) for o in ordered]
-    return readings
+        own = {name: value for name, value in vars(owner).items() if type(value) is int}
+        for attribute, value in {**own, **read.get(path, {})}.items():
+            if value < 2:
+                continue
+            key = (path.removeprefix(layer), attribute)
+            fits = {r: a for r, a in here.items() if a.before == value}
+            found.setdefault(key, []).append((path, fits))
+            if attribute in read.get(path, {}):
+                seen.add(key)
+    readings = {key: _ordered_readings(instances) for key, instances in found.items()}
+    return {k: r for k, r in readings.items() if r and (k in seen or len(r) == 1)}
+
+
+def _ordered_readings(instances: list[tuple[str, dict[str, _Axis]]]) -> list[_Reading]:
+    roles = set.intersection(*(set(fits) for _, fits in instances))
+    options = {tuple(fits[r].after for _, fits in instances): r for r in sorted(roles, reverse=True)}
+    before = tuple(next(iter(fits.values())).before if fits else 0 for _, fits in instances)
+    if all(o == before for o in options):
+        return []
+    paths = [p for p, _ in instances]
+    ordered = sorted(options, key=lambda o: (o == before, o))
+    return [_Reading(options[o], dict(zip(paths, o, strict=True))) for o in ordered]
 
 
 def _axes_by_module(resolved: Resolved) -> dict[str, list[_Axis]]:
@@ -304,19 +319,19 @@ def _apply(module: nn.Module, chosen: Mapping[_Key, _Reading]) -> dict[tuple[str
     for (_, attribute), reading in chosen.items():
         for path, value in reading.values.items():
             owner = module.get_submodule(path)
-            old[path, attribute] = getattr(owner, attribute)
-            setattr(owner, attribute, value)
+            old[path, attribute] = get_attribute(owner, attribute)
+            set_attribute(owner, attribute, value)
     return old
 
 
 def _undo(module: nn.Module, old: Mapping[tuple[str, str], int]) -> None:
     for (path, attribute), value in old.items():
-        setattr(module.get_submodule(path), attribute, value)
+        set_attribute(module.get_submodule(path), attribute, value)
 
 
 def _record(result: PrunedModule, old: Mapping[tuple[str, str], int]) -> None:
     for (path, attribute), before in old.items():
-        now = getattr(result.module.get_submodule(path), attribute)
+        now = get_attribute(result.module.get_submodule(path), attribute)
         if now != before:
             result.attributes.setdefault(path, {})[attribute] = now
 

@@ -6,13 +6,13 @@ import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
 from torch import Tensor, fx, nn
 
-from slimgraph import checkpoint
+from slimgraph import checkpoint, hf
 from slimgraph.budget import Budget
 from slimgraph.errors import CalibrationError, ModelError, SlimgraphError
 from slimgraph.groups import Structure, infer
@@ -20,15 +20,21 @@ from slimgraph.manifest import Manifest
 from slimgraph.module import PrunedModule, prune_module
 from slimgraph.passes import Pass
 from slimgraph.plan import Plan, resolve
+from slimgraph.pretrained import check_finite, check_tokens
 from slimgraph.progress import SILENT, Progress, Stopwatch
 from slimgraph.recipe import Recipe, method
 from slimgraph.state import State, attach, state_of
+from slimgraph.text import Tokenizer, calibration_tokens, is_source
 from slimgraph.trace import trace
 
-__all__ = ["Result", "prune", "run_passes"]
+__all__ = ["Calibration", "Result", "prune", "run_passes"]
 
 
-@dataclass
+Calibration: TypeAlias = Tensor | Sequence[Sequence[int]] | Sequence[str] | str | Path
+"""Token ids, texts, or where a text lies."""
+
+
+@dataclass(repr=False)
 class Result:
     """A pruned model.
 
@@ -38,7 +44,7 @@ class Result:
         structure: groups and sites of the dense model.
         plan: which units stay.
         budget: how many, and what that comes to in parameters; None for a recipe without allocation.
-        recipe: what made it, with the calibration settings.
+        recipe: what made it: the passes, and under "notes" the calibration settings and whatever the caller noted.
         seconds: by stage.
         similarity: cosine similarity of input and output per layer, when it was measured.
         module_failure: why `model` is None.
@@ -61,8 +67,19 @@ class Result:
         """Parameters of the pruned model."""
         return sum(p.numel() for p in (self.model or self.graph).parameters())
 
+    @property
+    def difference(self) -> float | None:
+        """Largest difference between the logits of module and graph, over the largest logit; None without a module."""
+        return None if self._pruned is None else self._pruned.difference
+
+    def __repr__(self) -> str:
+        return (
+            f"Result({type(self.model or self.graph).__name__}: {self.parameters_before:,} -> "
+            f"{self.parameters_after:,} parameters, {sum(self.seconds.values()):.1f} s)"
+        )
+
     def manifest(self) -> Manifest:
-        """What the checkpoint says about itself.
+        """What the checkpoint says about itself, against the class of the model even when that had been pruned before.
 
         Raises:
             ModelError: only the graph could be pruned.
@@ -76,7 +93,7 @@ class Result:
             for k, v in self._pruned.shapes.items()
             if k not in persistent
         }
-        return Manifest(
+        own = Manifest(
             shapes=shapes,
             added=self._pruned.added,
             attributes={k: dict(v) for k, v in self._pruned.attributes.items()},
@@ -90,6 +107,8 @@ class Result:
                 "transformers": transformers.__version__,
             },
         )
+        earlier = hf.manifest_of(self._pruned.module)
+        return own if earlier is None else own.after(earlier)
 
     def save(self, directory: str | Path, *, tokenizer: Any = None, force: bool = False) -> Path:
         """Write an ordinary checkpoint; see `slimgraph.checkpoint.save`."""
@@ -100,10 +119,14 @@ class Result:
 
 def prune(
     model: nn.Module,
-    calibration: Tensor | Sequence[Sequence[int]],
+    calibration: Calibration,
     ratio: float = 0.2,
     *,
+    tokenizer: Tokenizer | None = None,
+    samples: int = 32,
+    seq_len: int = 128,
     recipe: Recipe | str = "slimllm",
+    recovery: str | None = None,
     heads: str = "auto",
     round_to: int = 8,
     batch: int = 8,
@@ -116,14 +139,19 @@ def prune(
 
     Args:
         model: any causal language model that `torch.export` can trace; not changed.
-        calibration: token ids (samples, tokens) int64.
+        calibration: token ids (samples, tokens) int64; or, with `tokenizer`, a text, a list of texts, or where a text
+            lies: the path of a file or the name of a data set, see `slimgraph.text.calibration_tokens`.
         ratio: share of all parameters that goes; ignored when `recipe` is a `Recipe`.
+        tokenizer: of the model, for a calibration text.
+        samples: number of windows that are drawn from a calibration text.
+        seq_len: tokens of each window.
         recipe: a `Recipe`, or the name of a method: "slimllm", "magnitude", "wanda" or "random".
+        recovery: "regression", "bias_only" or "no_recovery" instead of the method's own; see `slimgraph.recipe.method`.
         heads: "kv", "balanced" or "auto": what goes under grouped-query attention.
         round_to: kept channels are a multiple of this.
         batch: samples that go through the model at once.
-        seed: of random scores.
-        notes: kept in the result's recipe, beside the passes.
+        seed: of the drawn windows and of random scores.
+        notes: kept in the result's recipe, beside the calibration settings.
         progress: shows what is going on; quiet by default.
         watch: collects seconds by stage.
 
@@ -132,18 +160,23 @@ def prune(
 
     Raises:
         ModelError: the model cannot be traced or is not a causal language model.
-        PlanError: the ratio cannot be reached.
-        CalibrationError: no calibration tokens.
+        PlanError: the ratio cannot be reached; the message says which one can.
+        RecipeError: there is no such method or recovery.
+        CalibrationError: no calibration tokens, too few, or some that the model does not know.
         NumericsError: NaN or infinity in weights or activations.
     """
-    ids = torch.as_tensor(calibration)
-    if ids.ndim != 2 or not ids.numel():
-        raise CalibrationError(
-            f"calibration tokens have shape {tuple(ids.shape)}; expected (samples, tokens), not empty"
-        )
-    chosen = recipe if isinstance(recipe, Recipe) else method(recipe, ratio, heads=heads, round_to=round_to, seed=seed)
+    chosen = (
+        recipe
+        if isinstance(recipe, Recipe)
+        else method(recipe, ratio, recovery=recovery, heads=heads, round_to=round_to, seed=seed)
+    )
     watch = watch or Stopwatch()
-    device = next(model.parameters()).device
+    ids, settings = _calibration(calibration, tokenizer, samples, seq_len, seed)
+    check_tokens(model, ids)
+    check_finite(model)
+    first = next(model.parameters())
+    device = first.device
+    settings["dtype"] = str(first.dtype).removeprefix("torch.")
     with watch("trace"), (progress or SILENT)("trace"):
         dense = trace(model, shape=(1, ids.shape[1]))
     with watch("analyse"):
@@ -163,7 +196,7 @@ def prune(
         structure=structure,
         plan=state.plan,
         budget=state.budget,
-        recipe={**chosen.to_dict(), **(notes or {})},
+        recipe={**chosen.to_dict(), "notes": {**settings, **(notes or {})}},
         seconds=dict(watch.stages()),
         similarity=state.similarity,
         module_failure=failure,
@@ -191,6 +224,33 @@ def run_passes(
             raise type(error)(f"{error} [pass {names[i]}{before}]") from error
         graph_module = result.graph_module if result is not None else graph_module
     return graph_module
+
+
+def _calibration(
+    calibration: Calibration, tokenizer: Tokenizer | None, samples: int, seq_len: int, seed: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Token ids, and for the record where they are from."""
+    if isinstance(calibration, (str, Path)) or _are_texts(calibration):
+        if tokenizer is None:
+            raise CalibrationError("calibration is a text and there is no tokenizer; give tokenizer=, or token ids")
+        ids = calibration_tokens(calibration, tokenizer, samples=samples, seq_len=seq_len, seed=seed)  # type: ignore[arg-type]
+        named = isinstance(calibration, Path) or (isinstance(calibration, str) and is_source(calibration))
+        return ids, {
+            "calibration": str(calibration) if named else "text",
+            "samples": samples,
+            "seq_len": seq_len,
+            "seed": seed,
+        }
+    ids = torch.as_tensor(calibration)
+    if ids.ndim != 2 or not ids.numel():
+        raise CalibrationError(
+            f"calibration tokens have shape {tuple(ids.shape)}; expected (samples, tokens), not empty"
+        )
+    return ids, {"calibration": "tokens", "samples": ids.shape[0], "seq_len": ids.shape[1], "seed": seed}
+
+
+def _are_texts(calibration: object) -> bool:
+    return isinstance(calibration, (list, tuple)) and len(calibration) > 0 and isinstance(calibration[0], str)
 
 
 def _batch_size(graph_module: fx.GraphModule, wanted: int) -> int:

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimgraph import hub
-from slimgraph.errors import ModelError, NumericsError
+from slimgraph.errors import CalibrationError, ModelError, NumericsError
 from slimgraph.progress import SILENT, Progress
 
-__all__ = ["cache_dir", "check_finite", "demo_model", "load_model", "load_tokenizer"]
+__all__ = ["cache_dir", "check_finite", "check_tokens", "demo_model", "load_model", "load_tokenizer"]
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # one slash at most: any other is a path
 
@@ -106,6 +106,32 @@ def check_finite(model: nn.Module) -> None:
                 f"the weight {name} has {bad} of {parameter.numel()} values that are NaN or infinite, expected finite "
                 f"numbers in {parameter.dtype}: the checkpoint is damaged or was converted to a dtype too narrow for it"
             )
+
+
+def check_tokens(model: nn.Module, ids: Tensor) -> None:
+    """Check that a model's configuration, where it has one, knows these tokens and as many positions.
+
+    Args:
+        model: any module.
+        ids: (samples, tokens) token ids.
+
+    Raises:
+        CalibrationError: an id outside the vocabulary, or windows longer than the model's positions.
+    """
+    config = getattr(model, "config", None)
+    vocabulary = getattr(config, "vocab_size", None)
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (isinstance(vocabulary, int) and high >= vocabulary):
+        raise CalibrationError(
+            f"found the token ids {low} to {high}, expected 0 to {(vocabulary or 0) - 1}, the vocabulary of "
+            f"{type(model).__name__}: use the model's own tokenizer"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and ids.shape[-1] > positions:
+        raise CalibrationError(
+            f"windows of {ids.shape[-1]} tokens are longer than the {positions} positions of {type(model).__name__}: "
+            "ask for a shorter seq_len"
+        )
 
 
 def cache_dir() -> Path:

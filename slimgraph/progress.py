@@ -108,22 +108,32 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._outer: dict[str, str] = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Time `stage` while the context lasts, and log it at INFO."""
+        """Time `stage` while the context lasts, and log it at INFO; at DEBUG inside another stage."""
         self._seconds.setdefault(stage, 0.0)
+        if self._open:
+            self._outer[stage] = self._open[-1]
+        self._open.append(stage)
         start = time.perf_counter()
         try:
             yield
         finally:
             seconds = time.perf_counter() - start
+            self._open.pop()
             self._seconds[stage] += seconds
-            _log.info("%s: %.2f s", stage, seconds)
+            _log.log(logging.DEBUG if self._open else logging.INFO, "%s: %.2f s", stage, seconds)
 
     def stages(self) -> dict[str, float]:
         """Seconds of each stage, in the order in which the stages began."""
         return dict(self._seconds)
+
+    def outer(self) -> dict[str, str]:
+        """For each stage that ran inside another one: which; its seconds are among that one's."""
+        return dict(self._outer)
 
 
 class _Bars:

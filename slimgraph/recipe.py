@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from slimgraph.errors import RecipeError
+from slimgraph.errors import PlanError, RecipeError
 from slimgraph.passes import (
+    BiasOnly,
     CosineAllocation,
     FeatureSpace,
     Magnitude,
@@ -62,7 +63,7 @@ class Recipe:
         """
         if not isinstance(data, Mapping) or not isinstance(data.get("passes"), Sequence):
             raise RecipeError("a recipe is a mapping with a list `passes`, like {passes: [{magnitude: {}}]}")
-        unknown = data.keys() - {"passes"}
+        unknown = data.keys() - {"passes", "notes"}  # notes: what a checkpoint says besides, not part of the recipe
         if unknown:
             raise RecipeError(f"unknown recipe key {min(map(str, unknown))!r}; expected `passes`")
         return cls(tuple(_read_pass(i, entry) for i, entry in enumerate(data["passes"], 1)))
@@ -89,28 +90,42 @@ class Recipe:
             raise RecipeError(f"{path}: {error}") from error
 
 
-def method(name: str, ratio: float, *, heads: str = "auto", round_to: int = 8, seed: int = 0) -> Recipe:
+def method(
+    name: str, ratio: float, *, recovery: str | None = None, heads: str = "auto", round_to: int = 8, seed: int = 0
+) -> Recipe:
     """The recipe of a named method.
 
     Args:
         name: "slimllm", the published method in full; "magnitude", "wanda" or "random" for comparison: these cut all
             layers alike and refit nothing.
         ratio: share of all parameters that goes.
+        recovery: recipe name of the recovery pass, "regression", "bias_only" or "no_recovery"; the method's own by
+            default.
         heads: "kv", "balanced" or "auto".
         round_to: kept channels are a multiple of this.
         seed: of the random scores.
 
     Raises:
-        RecipeError: there is no such method.
+        RecipeError: there is no such method or recovery.
+        PlanError: the ratio is not between 0 and 1.
     """
+    if not 0 <= ratio < 1:
+        raise PlanError(f"ratio is {ratio:g}; expected a share of all parameters, 0 <= ratio < 1")
     if name == "slimllm":
         allocation = CosineAllocation(ratio=ratio, heads=heads, round_to=round_to)
-        return Recipe((Pearson(), FeatureSpace(), Regression(), allocation, Sweep(), Verify()))
+        return Recipe((Pearson(), FeatureSpace(), _recovery(recovery or "regression"), allocation, Sweep(), Verify()))
     scores: dict[str, Pass] = {"magnitude": Magnitude(), "wanda": WandaSp(), "random": RandomImportance(seed=seed)}
     if name not in scores:
         raise RecipeError(f"no method is called {name!r}; there are {', '.join(METHODS)}")
     uniform = UniformAllocation(ratio=ratio, heads=heads, round_to=round_to)
-    return Recipe((scores[name], NoRecovery(), uniform, Sweep(), Verify()))
+    return Recipe((scores[name], _recovery(recovery or "no_recovery"), uniform, Sweep(), Verify()))
+
+
+def _recovery(name: str) -> Pass:
+    passes: dict[str, Pass] = {p.name: p for p in (Regression(), BiasOnly(), NoRecovery())}
+    if name not in passes:
+        raise RecipeError(f"no recovery is called {name!r}; there are {', '.join(sorted(passes))}")
+    return passes[name]
 
 
 def _read_pass(place: int, entry: Any) -> Pass:

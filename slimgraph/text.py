@@ -6,6 +6,7 @@ A text is tokenised as one stream. Calibration draws windows from it at random, 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,12 +16,24 @@ from torch import Tensor
 from slimgraph import hub
 from slimgraph.errors import CalibrationError
 
-__all__ = ["Tokenizer", "calibration_batch", "demo_texts", "read_text", "read_tokens", "tokenize", "windows"]
+__all__ = [
+    "Tokenizer",
+    "calibration_batch",
+    "calibration_tokens",
+    "demo_texts",
+    "is_source",
+    "read_text",
+    "read_tokens",
+    "tokenize",
+    "windows",
+]
 
 _COLUMN = "text"  # of a data set
 _BETWEEN = "\n\n"  # texts that are joined
 _SHORTEST_PARAGRAPH = 80  # characters of a paragraph that counts as prose
+_LONGEST_PATH = 1024
 _TEXT_SUFFIXES = {".csv", ".json", ".jsonl", ".log", ".md", ".parquet", ".rst", ".text", ".txt"}
+_FEWEST_TOKENS = 2**20  # of a calibration text that windows are drawn from, where it has so many
 _CHARACTERS_PER_TOKEN = 8  # at most, nearly always: how much text is read for a limited number of tokens
 
 
@@ -88,6 +101,42 @@ def tokenize(text: str | list[str], tokenizer: Tokenizer) -> Tensor:
     if not ids:
         raise CalibrationError(f"no tokens in a text of {len(whole)} characters: expected plain text that is not empty")
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def calibration_tokens(
+    text: str | Path | Sequence[str], tokenizer: Tokenizer, *, samples: int = 32, seq_len: int = 128, seed: int = 0
+) -> Tensor:
+    """Calibration windows from a text or from where it lies.
+
+    Args:
+        text: a text or several; or the path of a text file or the name of a data set, see `read_text`. A string with
+            white space in it that is no file is a text.
+        tokenizer: of the model.
+        samples: number of windows. Of a very long text only the first part is drawn from: a million tokens, or 64 times
+            as many as are drawn.
+        seq_len: tokens per window.
+        seed: of the draw.
+
+    Returns:
+        (samples, seq_len) int64.
+
+    Raises:
+        CalibrationError: the text is missing, empty or too short.
+    """
+    if isinstance(text, Path) or (isinstance(text, str) and is_source(text)):
+        limit = max(_FEWEST_TOKENS, 64 * samples * seq_len)
+        tokens = read_tokens(text, tokenizer, limit=limit)
+    else:
+        tokens = tokenize(text if isinstance(text, str) else list(text), tokenizer)
+    return calibration_batch(tokens, samples=samples, seq_len=seq_len, seed=seed)
+
+
+def is_source(text: str) -> bool:
+    """Whether a string says where a text lies, and is not one itself."""
+    words = text.split()
+    if len(words) == 1:
+        return True
+    return bool(words) and "\n" not in text and len(text) < _LONGEST_PATH and Path(text).expanduser().is_file()
 
 
 def calibration_batch(tokens: Tensor, *, samples: int, seq_len: int, seed: int) -> Tensor:

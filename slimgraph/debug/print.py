@@ -1,0 +1,266 @@
+"""What was inferred about a model, in words: layers, heads, channels, what is tied, what is frozen and why."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from slimgraph.groups import Group, Site, Structure, infer
+from slimgraph.pretrained import load_model
+from slimgraph.trace import trace
+
+__all__ = ["Inspection", "inspect"]
+
+_STATIC_SHAPE = (1, 16)  # (batch, tokens) for models that cannot be traced with free ones
+_MOST_NAMES = 6  # listed before "and n more"
+
+
+@dataclass(frozen=True, repr=False)
+class Inspection:
+    """What was inferred about a model. Prints as text, and as HTML in notebooks.
+
+    Attributes:
+        model: name of the model's class.
+        parameters: number of them; tied ones count once.
+        structure: groups, sites and layers, for programs.
+    """
+
+    model: str
+    parameters: int
+    structure: Structure
+
+    def sections(self) -> list[Section]:
+        """The description, layers that are alike taken together."""
+        structure = self.structure
+        return [
+            Section("Residual stream", _residual(structure)),
+            *(Section(title, _layer_lines(structure, layer)) for title, layer in _alike(structure)),
+            Section("Outside the layers", _outside(structure)),
+            Section("Tied parameters", [f"{name} is read in {n} places" for name, n in structure.tied.items()]),
+            Section("Frozen axes", _frozen_outside(structure)),
+            Section("Operators without a rule", _refusals(structure)),
+        ]
+
+    def __repr__(self) -> str:
+        blocks = [self._headline()]
+        for section in self.sections():
+            lines = section.lines or [Line("none")]
+            blocks.append("\n".join([f"{section.title}:", *(str(line) for line in lines)]))
+        return "\n\n".join(blocks)
+
+    def _repr_html_(self) -> str:
+        parts = [f"<p><b>{html.escape(self._headline())}</b></p>"]
+        for section in self.sections():
+            rows = "".join(
+                f'<tr><td style="text-align:left;padding-left:{1 + line.depth}em">{html.escape(line.text)}</td></tr>'
+                for line in (section.lines or [Line("none")])
+            )
+            parts.append(
+                f"<details open><summary>{html.escape(section.title)}</summary><table>{rows}</table></details>"
+            )
+        return "".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: every group, site and layer; see `slimgraph.groups.Structure.to_dict`."""
+        return self.structure.to_dict()
+
+    def _headline(self) -> str:
+        paths = self.structure.layers
+        ends = f" ({paths[0]} to {paths[-1]})" if len(paths) > 1 else ""
+        count = f"{len(paths)} layer{'' if len(paths) == 1 else 's'}"
+        return f"{self.model}: {self.parameters:,} parameters in {count}{ends}"
+
+
+class Line:
+    """A line of the description, indented by its depth."""
+
+    def __init__(self, text: str, depth: int = 0) -> None:
+        self.text = text
+        self.depth = depth
+
+    def __str__(self) -> str:
+        return "  " * (self.depth + 1) + self.text
+
+
+class Section:
+    """A title and its lines."""
+
+    def __init__(self, title: str, lines: Sequence[Line | str]) -> None:
+        self.title = title
+        self.lines = [Line(line) if isinstance(line, str) else line for line in lines]
+
+
+def inspect(model: nn.Module | str | Path, *, trust_remote_code: bool = False) -> Inspection:
+    """Trace a model and say what was inferred about it.
+
+    Args:
+        model: a causal language model, or the directory or hub name of one, of which only the configuration is read.
+        trust_remote_code: let the checkpoint bring its own modeling code.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be traced.
+    """
+    if isinstance(model, (str, Path)):
+        model = load_model(model, meta=True, trust_remote_code=trust_remote_code)
+    structure = infer(trace(model, shape=_STATIC_SHAPE))
+    return Inspection(type(model).__name__, sum(p.numel() for p in model.parameters()), structure)
+
+
+# ---- the layers ----
+
+
+def _alike(structure: Structure) -> Iterator[tuple[str, int]]:
+    """A title for each kind of layer, and the first layer of that kind."""
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for layer in range(len(structure.layers)):
+        # Names of graph nodes in a reason differ in their number only.
+        kind = tuple(re.sub(r"_\d+\b", "", str(line)) for line in _layer_lines(structure, layer))
+        kinds.setdefault(kind, []).append(layer)
+    for layers in kinds.values():
+        first = structure.layers[layers[0]]
+        many = "Layers" if len(layers) > 1 else "Layer"
+        yield f"{many} {_ranges(layers)} ({re.sub(r'[0-9]+$', '*', first) if len(layers) > 1 else first})", layers[0]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in short.
+
+    >>> _ranges([0, 1, 2, 4, 6, 7])
+    '0-2, 4, 6-7'
+    """
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and runs[-1][-1] == n - 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _layer_lines(structure: Structure, layer: int) -> list[Line]:
+    prefix = structure.layers[layer] + "."
+    prunable = {site.name for site in structure.prunable_sites()}
+    lines: list[Line] = []
+    for site in structure.sites:
+        if site.layer == layer:
+            lines += _site_lines(structure, site, prefix, site.name in prunable)
+    lines += _inner_lines(structure, prefix)
+    for group in structure.groups.values():
+        if group.frozen and group.name.startswith(prefix):
+            lines.append(Line(f"frozen: {group.name.removeprefix(prefix)}, {group.units} positions: {group.frozen}"))
+    return lines or [Line("nothing that can be removed")]
+
+
+def _site_lines(structure: Structure, site: Site, prefix: str, prunable: bool) -> list[Line]:
+    groups = [structure.group(name) for name in site.groups]
+    origins = dict.fromkeys(f"{o.parameter}[{o.dim}]" for o in site.origins)
+    lines = [
+        Line(f"{_what(site, groups)}"),
+        Line(f"site: {site.name.removeprefix(prefix)}{'' if prunable else ', ' + _why_not(site, groups)}", 1),
+        Line(f"made by: {_listed(name.removeprefix(prefix) for name in origins) or 'no projection'}", 1),
+    ]
+    projections = {site.parameter, *(o.parameter for o in site.origins)}
+    others = dict.fromkeys(o.source for g in groups for o in g.occurrences if o.source not in projections)
+    if others:
+        lines.append(Line(f"also cut: {_listed(name.removeprefix(prefix) for name in others)}", 1))
+    return lines
+
+
+def _what(site: Site, groups: Sequence[Group]) -> str:
+    if site.kind == "channels":
+        return f"feed-forward: {groups[0].units} channels"
+    inside = site.channels
+    for g in groups:
+        inside //= g.units
+    if len(groups) == 2:
+        return f"attention: {groups[0].units} kv groups × {groups[1].units} heads × {inside}"
+    return f"attention: {groups[0].units} heads × {inside}"
+
+
+def _why_not(site: Site, groups: Sequence[Group]) -> str:
+    """Why automatic pruning leaves a site alone."""
+    statistics = [node for g in groups for node in g.statistics]
+    if statistics:
+        return f"left alone: a mean or variance is taken over its units ({_listed(statistics)})"
+    if not site.writes_residual:
+        return "left alone: it does not write to the residual stream"
+    return "left alone: its units are summed at other sites as well"
+
+
+def _inner_lines(structure: Structure, prefix: str) -> Iterator[Line]:
+    """Positions inside heads. Where one occurs several times in a dimension, as in rotary halves, they are tied."""
+    for group in structure.groups.values():
+        if group.kind != "inner" or group.frozen:
+            continue
+        times = Counter((o.source, o.dim) for o in group.occurrences if o.source.startswith(prefix))
+        if not times:
+            continue
+        places = _listed(f"{source.removeprefix(prefix)}[{dim}]" for source, dim in times)
+        tied = max(times.values())
+        if tied > 1:
+            yield Line(f"inside: {group.units} positions, {tied} of each tied together (rotary halves): {places}")
+        else:
+            yield Line(f"inside: {group.units} positions: {places}")
+
+
+# ---- the rest ----
+
+
+def _residual(structure: Structure) -> list[str]:
+    lines = []
+    for group in structure.groups.values():
+        if group.kind == "residual":
+            tensors = len({o.source for o in group.occurrences})
+            line = f"{group.units} positions, the same ones in {tensors} tensors of all layers: {group.name}"
+            if group.statistics:
+                line += f"; {len(group.statistics)} means or variances are taken over it"
+            lines.append(line + (f"; frozen: {group.frozen}" if group.frozen else "") + "; left alone")
+    return lines
+
+
+def _outside(structure: Structure) -> list[str]:
+    """Sites that belong to no layer."""
+    return [f"site: {site.name}, {site.structure} {site.kind}" for site in structure.sites if site.layer is None]
+
+
+def _frozen_outside(structure: Structure) -> list[str]:
+    """Frozen groups outside the layers, without those that no parameter or buffer has."""
+    made = {node.name for node in structure.analysis.created}
+    return [
+        f"{group.name}, {group.units} positions: {group.frozen}"
+        for group in structure.groups.values()
+        if group.frozen
+        and group.kind != "residual"
+        and any(o.source not in made for o in group.occurrences)
+        and not any(group.name.startswith(path + ".") for path in structure.layers)
+    ]
+
+
+def _refusals(structure: Structure) -> list[str]:
+    by_operator: dict[str, list[str]] = {}
+    axes: dict[str, list[str]] = {}
+    for refusal in structure.refusals:
+        by_operator.setdefault(refusal.operator, []).append(refusal.node)
+        axes.setdefault(refusal.operator, []).extend(refusal.frozen)
+    return [
+        f"{operator} at {_listed(nodes)}: froze {_listed(dict.fromkeys(axes[operator]))}"
+        for operator, nodes in by_operator.items()
+    ]
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names with commas, not too many of them.
+
+    >>> _listed("abcdefgh")
+    'a, b, c, d, e, f and 2 more'
+    """
+    everything = list(names)
+    shown = ", ".join(everything[:_MOST_NAMES])
+    return shown if len(everything) <= _MOST_NAMES else f"{shown} and {len(everything) - _MOST_NAMES} more"
