@@ -14,9 +14,29 @@ from torch import Tensor, fx
 
 from slimgraph.axes import Axes, Term, size
 from slimgraph.errors import GraphError
-from slimgraph.rules import Context, Contraction, Dims, find_rule, operator_name
+from slimgraph.rules import Choice, Context, Contraction, Dims, find_rule, operator_name
 
 __all__ = ["Analysis", "Refusal", "analyse"]
+
+
+# Operators that move integers about without changing them, and those whose rules read integers as positions.
+_MOVES = frozenset(
+    (
+        "reshape",
+        "view",
+        "_unsafe_view",
+        "flatten",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "transpose",
+        "permute",
+        "t",
+        "slice",
+    )
+)
+_COPIES = frozenset(("to", "_to_copy", "clone", "contiguous", "detach", "repeat_interleave", "sym_size"))
+_LOOKS_UP = frozenset(("index", "gather", "index_select", "scatter", "scatter_add", "one_hot", "embedding"))
 
 
 @dataclass(frozen=True)
@@ -42,6 +62,8 @@ class Analysis:
         heads: axes over which activations are multiplied separately.
         created: nodes that make a tensor whose positions differ.
         moving: nodes whose value depends on the model's input.
+        choices: softmaxes and rankings over an axis.
+        ranges: (node, output) whose integers are positions of an axis -> that axis.
         refusals: operators without a rule, where that froze something.
     """
 
@@ -54,6 +76,8 @@ class Analysis:
     heads: list[Term] = field(default_factory=list)
     created: dict[fx.Node, Dims] = field(default_factory=dict)
     moving: set[fx.Node] = field(default_factory=set)
+    choices: list[Choice] = field(default_factory=list)
+    ranges: dict[tuple[fx.Node, int], Term] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
 
     def terms(self, node: fx.Node) -> Any:
@@ -119,7 +143,10 @@ def _call(analysis: Analysis, node: fx.Node) -> Any:
         statistics=analysis.statistics,
         heads=analysis.heads,
         created=analysis.created,
+        choices=analysis.choices,
+        ranges=analysis.ranges,
     )
+    _pass_ranges_on(context)
     found = find_rule(node)
     if found is None:
         return _refuse(analysis, context, several=isinstance(values, (tuple, list)))
@@ -131,7 +158,7 @@ def _call(analysis: Analysis, node: fx.Node) -> Any:
         raise GraphError(
             f"{node.name}: the axis rule of {operator_name(node)} ({found.golden}) does not fit: {error}"
         ) from error
-    _check(analysis, node, dims, context.shapes)
+    dims = _check(analysis, context, dims)
     if node in analysis.created:
         analysis.sources[node.name] = analysis.created[node]
     return dims
@@ -172,13 +199,44 @@ def _all_dims(dims: Any) -> list[Dims]:
     return [dims] if isinstance(dims, tuple) else list(dims)
 
 
-def _check(analysis: Analysis, node: fx.Node, dims: Any, shapes: list[tuple[int, ...]]) -> None:
-    got = [tuple(size(t) for t in d) for d in _all_dims(dims)]
-    if len(got) < len(shapes) or any(g != s for g, s in zip(got, shapes, strict=False)):
+def _pass_ranges_on(context: Context) -> None:
+    """Integers that are positions of an axis stay so when moved; computing with them fixes the axis."""
+    node = context.node
+    name = operator_name(node)
+    what = name if name == "getitem" else name.split(".")[1]
+    for source in node.all_input_nodes:
+        output = node.args[1] if name == "getitem" else 0
+        over = context.ranges.get((source, output)) if isinstance(output, int) else None
+        if over is None:
+            continue
+        if what == "getitem" or what in _MOVES | _COPIES:
+            context.range_over(over)
+        elif what not in _LOOKS_UP:
+            context.freeze(over, "its positions are computed with")
+
+
+def _check(analysis: Analysis, context: Context, dims: Any) -> Any:
+    """Terms must have the sizes that the graph says; a size that depends on the data is taken from the graph."""
+    if isinstance(dims, list):
+        return [_check_one(analysis, context, d, i) for i, d in enumerate(dims[: len(context.shapes)])]
+    return _check_one(analysis, context, dims, 0)
+
+
+def _check_one(analysis: Analysis, context: Context, dims: Dims, output: int) -> Dims:
+    shape, symbolic = context.shapes[output], context.symbolic[output]
+    wrong = len(dims) != len(shape) or any(
+        size(t) != n and not free for t, n, free in zip(dims, shape, symbolic, strict=False)
+    )
+    if wrong:
+        node = context.node
         raise GraphError(
-            f"{node.name}: the axis rule of {operator_name(node)} says {got}, the graph says {shapes}; "
-            "the rule is wrong, or the graph was changed without updating its shapes"
+            f"{node.name}: the axis rule of {operator_name(node)} says {[analysis.axes.show(t) for t in dims]}, the "
+            f"graph says {shape}; the rule is wrong, or the graph was changed without updating its shapes"
         )
+    return tuple(
+        t if size(t) == n else context.fresh(i, "data", output)
+        for i, (t, n) in enumerate(zip(dims, shape, strict=True))
+    )
 
 
 def _normal(axes: Axes, dims: Any) -> Any:

@@ -48,12 +48,14 @@ class Group:
     Attributes:
         name: a site's or another parameter's dimension, like `decoder.0.out.weight[1]`, with the place in its term.
         units: number of positions.
-        kind: "residual" (the stream that all layers read and write), "heads", "channels", or "inner" (positions inside
-            heads, and whatever else no site removes whole).
+        kind: "residual" (the stream that all layers read and write), "heads", "channels", "experts" (positions that a
+            router picks from), or "inner" (positions inside heads, and whatever else no site removes whole).
         layer: index of the layer, None for a group of several layers or of none.
         frozen: why it must not be cut, or None.
         occurrences: every place where it occurs.
-        statistics: nodes that take a mean or variance over it; cutting changes what they compute.
+        statistics: nodes that take a mean or variance over it, or choose among its positions; cutting changes what they
+            compute.
+        at_least: number of units that must stay.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Group:
     frozen: str | None
     occurrences: tuple[Occurrence, ...]
     statistics: tuple[str, ...] = ()
+    at_least: int = 1
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Site:
             groups, and heads within a kv group.
         origins: the projections that produce the units.
         writes_residual: whether the output goes to the residual stream.
+        stacked: whether the weight holds the projections of many experts, picked by an index.
     """
 
     name: str
@@ -113,6 +117,7 @@ class Site:
     groups: tuple[str, ...]
     origins: tuple[Origin, ...]
     writes_residual: bool
+    stacked: bool = False
 
 
 @dataclass
@@ -162,6 +167,7 @@ class Structure:
             s
             for s in self.sites
             if s.writes_residual
+            and not s.stacked
             and s.layer is not None
             and all(alone[g] == 1 and not self.groups[g].statistics for g in s.groups)
         ]
@@ -261,9 +267,11 @@ class _Projection:
     """A contraction of an activation with a parameter, in any of its spellings."""
 
     contraction: Contraction
+    reads: fx.Node
     parameter: str
     in_dim: int
     out_dim: int | None
+    stacked: bool
 
 
 class _Builder:
@@ -282,17 +290,19 @@ class _Builder:
         heads = {a for t in self.analysis.heads for a in self.axes.atoms(t) if a.frozen is None}
         found = [s for p in self.projections if (s := self._site_atoms(p, residual, heads)) is not None]
         names = self._names(places, found)
-        statistics = self._statistics()
+        statistics, least = self._statistics(), self._least()
+        experts = {a for term in self.analysis.ranges.values() for a in self.axes.atoms(term)}
         site_atoms = {a for _, atoms in found for a in atoms}
         groups = {
             names[atom]: Group(
                 name=names[atom],
                 units=atom.size,
-                kind=_kind(atom, residual, heads, site_atoms),
+                kind=_kind(atom, residual, heads, experts, site_atoms),
                 layer=self._layer_of_group(atom, occurrences, residual),
                 frozen=atom.frozen,
                 occurrences=tuple(occurrences),
                 statistics=tuple(statistics.get(atom, ())),
+                at_least=least.get(atom, 1),
             )
             for atom, occurrences in places.items()
         }
@@ -340,17 +350,31 @@ class _Builder:
         for node, term in self.analysis.statistics:
             for atom in self.axes.atoms(term):
                 taken.setdefault(atom, []).append(node.name)
+        for choice in self.analysis.choices:
+            for atom in self.axes.atoms(choice.term):
+                taken.setdefault(atom, []).append(choice.node.name)
         return taken
+
+    def _least(self) -> dict[Atom, int]:
+        least: dict[Atom, int] = {}
+        for choice in self.analysis.choices:
+            for atom in self.axes.atoms(choice.term):
+                least[atom] = max(least.get(atom, 1), choice.at_least)
+        return least
 
     # -- projections and sites ------------------------------------------------------------------------------------
 
     def _projection(self, c: Contraction) -> _Projection | None:
-        found = _parameter_behind(c.right, c.right_dim)
-        if found is None or c.left not in self.analysis.moving:
-            return None
-        name, in_dim = found
-        rank = len(self.sources[name])
-        return _Projection(c, name, in_dim, 1 - in_dim if rank == 2 else None)
+        """The weight of a contraction, on whichever side it is; None for a product of two activations."""
+        for weight, dim, other in ((c.right, c.right_dim, c.left), (c.left, c.left_dim, c.right)):
+            found = _parameter_behind(weight, dim)
+            if found is None or other not in self.analysis.moving:
+                continue
+            name, in_dim, picked = found
+            rank = len(self.sources[name])
+            rest = [d for d in range(rank) if d != in_dim and d != picked]
+            return _Projection(c, other, name, in_dim, rest[0] if len(rest) == 1 else None, picked is not None)
+        return None
 
     def _residual_atoms(self, places: dict[Atom, list[Occurrence]]) -> set[Atom]:
         """The residual stream: whole outputs of several projections, read again by projections, across layers."""
@@ -397,7 +421,7 @@ class _Builder:
             kind="heads" if atoms[0] in heads else "channels",
             layer=self._layer_of_path(module_path(node) or p.parameter),
             node=node.name,
-            reads=p.contraction.left.name,
+            reads=p.reads.name,
             parameter=p.parameter,
             in_dim=p.in_dim,
             out_dim=p.out_dim,
@@ -407,14 +431,14 @@ class _Builder:
             groups=tuple(names[a] for a in atoms),
             origins=tuple(self._origins(atoms)),
             writes_residual=isinstance(out, Atom) and out in residual,
+            stacked=p.stacked,
         )
 
     def _origins(self, atoms: tuple[Atom, ...]) -> Iterator[Origin]:
         for q in self.projections:
             out = self._output(q)
             if out is not None and q.out_dim is not None and any(a in atoms for a in self.axes.atoms(out)):
-                c = q.contraction
-                yield Origin(q.parameter, q.out_dim, q.in_dim, c.node.name, c.left.name)
+                yield Origin(q.parameter, q.out_dim, q.in_dim, q.contraction.node.name, q.reads.name)
 
     # -- names ----------------------------------------------------------------------------------------------------
 
@@ -432,11 +456,13 @@ class _Builder:
         return names
 
 
-def _kind(atom: Atom, residual: set[Atom], heads: set[Atom], site_atoms: set[Atom]) -> str:
+def _kind(atom: Atom, residual: set[Atom], heads: set[Atom], experts: set[Atom], site_atoms: set[Atom]) -> str:
     if atom in residual:
         return "residual"
     if atom in heads:
         return "heads"
+    if atom in experts:
+        return "experts"
     return "channels" if atom in site_atoms else "inner"
 
 
@@ -454,25 +480,49 @@ def _plain(term: Term) -> str:
             return " | ".join(_plain(p) for p in parts)
 
 
-def _parameter_behind(node: fx.Node, dim: int) -> tuple[str, int] | None:
-    """Follow casts and transposes back to a parameter; None when something else lies between."""
+def _parameter_behind(node: fx.Node, dim: int) -> tuple[str, int, int | None] | None:
+    """Follow casts, transposes and the picking of experts back to a parameter.
+
+    Returns:
+        Parameter, its dimension that corresponds to `dim`, and the dimension that an index picks from or None; None
+        when something else lies between.
+    """
+    picked: int | None = None
     while node.op != "get_attr":
         name = operator_name(node).removeprefix("aten.").partition(".")[0]
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node):
             return None
-        rank = len(node.meta["val"].shape)
-        if name in ("t", "numpy_T", "mT"):
-            dim = {rank - 1: rank - 2, rank - 2: rank - 1}.get(dim, dim)
-        elif name == "transpose":
-            first, second = (int(a) % rank for a in node.args[1:3])  # type: ignore[arg-type]
-            dim = {first: second, second: first}.get(dim, dim)
-        elif name == "permute":
-            dim = int(node.args[1][dim]) % rank  # type: ignore[index, arg-type]
+        order = _order(node, name)
+        if name == "index" and picked is None:
+            indices = node.args[1]
+            assert isinstance(indices, (list, tuple))
+            given = [i for i, ids in enumerate(indices) if isinstance(ids, fx.Node)]
+            if len(given) != 1 or dim == given[0] or len(source.meta["val"].shape) != len(node.meta["val"].shape):
+                return None
+            picked = given[0]
+        elif order is not None:
+            dim, picked = order[dim], None if picked is None else order[picked]
         elif name not in ("to", "_to_copy", "clone", "contiguous", "detach", "alias"):
             return None
         node = source
-    return str(node.target), dim
+    return str(node.target), dim, picked
+
+
+def _order(node: fx.Node, name: str) -> list[int] | None:
+    """For a transpose, the input dimension that each output dimension was."""
+    rank = len(node.meta["val"].shape)
+    order = list(range(rank))
+    if name in ("t", "numpy_T", "mT"):
+        order[-2:] = reversed(order[-2:])
+    elif name == "transpose":
+        first, second = (int(a) for a in node.args[1:3])  # type: ignore[arg-type]
+        order[first], order[second] = order[second], order[first]
+    elif name == "permute":
+        order = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+    else:
+        return None
+    return order
 
 
 def _bias(node: fx.Node) -> str | None:

@@ -2,7 +2,8 @@
 
 For any plan, the pruned model equals the dense model in which the removed positions are zeroed wherever they are summed
 away: at the input of every contraction over a cut axis. Where a mean or variance is taken over a cut axis, it is taken
-over the kept positions. This module runs the dense graph that way; nothing is sliced, so that it checks the slicing.
+over the kept positions; where a softmax or a ranking chooses among the positions of a cut axis, the removed ones come
+in as minus infinity. This module runs the dense graph that way; nothing is sliced, so that it checks the slicing.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 
 from slimgraph.axes import Term, size
 from slimgraph.errors import GraphError
 from slimgraph.plan import Resolved
 from slimgraph.rules import Resizing, find_rule
+from slimgraph.surgery import refresh_shapes
 from slimgraph.trace import call, tensor_at
 
-__all__ = ["masked_logits"]
+__all__ = ["in_double", "masked_logits"]
 
 
 def masked_logits(resolved: Resolved, ids: Tensor) -> Tensor:
@@ -34,6 +37,26 @@ def masked_logits(resolved: Resolved, ids: Tensor) -> Tensor:
     return _MaskedRun(resolved).run(ids)
 
 
+def in_double(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a traced graph that computes in float64 throughout, so that exactness can be told from rounding.
+
+    Models cast to float32 in places even when their weights are float64; here these casts are to float64 as well.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    tensors = {str(n.target): tensor_at(graph_module, str(n.target)) for n in graph.find_nodes(op="get_attr")}
+    wide = fx.GraphModule({k: _widened(t) for k, t in tensors.items()}, graph, type(graph_module).__name__)
+
+    def widened(value: Any) -> Any:
+        return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+    for node in wide.graph.nodes:
+        node.args, node.kwargs = map_aggregate(node.args, widened), map_aggregate(node.kwargs, widened)
+    refresh_shapes(wide)
+    wide.recompile()
+    return wide
+
+
 class _MaskedRun:
     def __init__(self, resolved: Resolved) -> None:
         self.resolved = resolved
@@ -43,6 +66,11 @@ class _MaskedRun:
             positions = resolved.positions(c.term)
             if positions is not None:
                 self.masked.setdefault(c.node, {}).setdefault(c.left, []).append((c.left_dim, positions))
+        self.barred: dict[fx.Node, dict[fx.Node, list[tuple[int, Tensor]]]] = {}
+        for choice in self.analysis.choices:
+            positions = resolved.positions(choice.term)
+            if positions is not None:
+                self.barred.setdefault(choice.node, {}).setdefault(choice.source, []).append((choice.dim, positions))
         self.statistics = {n for n, term in self.analysis.statistics if resolved.positions(term) is not None}
 
     def run(self, ids: Tensor) -> Tensor:
@@ -65,14 +93,14 @@ class _MaskedRun:
         raise GraphError("the graph has no output")
 
     def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        masks = self.masked.get(node, {})
+        masks, bars = self.masked.get(node, {}), self.barred.get(node, {})
 
         def look(source: fx.Node) -> Any:
             value = values[source]
             for dim, positions in masks.get(source, ()):
-                kept = torch.zeros(value.shape[dim], dtype=value.dtype, device=value.device)
-                kept[positions.to(value.device)] = 1
-                value = value * kept.view(-1, *[1] * (value.ndim - dim - 1))
+                value = _fill(value, dim, positions, 0.0)
+            for dim, positions in bars.get(source, ()):
+                value = _fill(value, dim, positions, -torch.inf)
             return value
 
         return call(node, look)
@@ -112,3 +140,14 @@ class _MaskedRun:
     def _cut_dims(self, dims: tuple[Term, ...]) -> list[tuple[int, Tensor]]:
         found = [(i, self.resolved.positions(t)) for i, t in enumerate(dims)]
         return [(i, p) for i, p in found if p is not None]
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    wide = tensor.double() if tensor.is_floating_point() else tensor
+    return torch.nn.Parameter(wide, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else wide
+
+
+def _fill(value: Tensor, dim: int, kept: Tensor, filler: float) -> Tensor:
+    removed = torch.ones(value.shape[dim], dtype=torch.bool, device=value.device)
+    removed[kept.to(value.device)] = False
+    return value.masked_fill(removed.view(-1, *[1] * (value.ndim - dim - 1)), filler)

@@ -2,18 +2,21 @@
 
 The pruned module is a copy whose unchanged tensors are shared with the original. Python attributes that hold old sizes
 are found by value: an integer that a module reads in its forward pass and that equals the old size of an axis which the
-module's own graph nodes carry is a candidate for the new size. Where a value fits several axes, each reading is tried and
-the module is run against the pruned graph; the reading that agrees is taken. No list of architectures or attribute names is involved.
+module's own graph nodes carry is a candidate for the new size. Where a value fits several axes, each reading is tried
+and the module is run against the pruned graph; the reading that agrees is taken. No list of architectures or attribute
+names is involved.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,11 +25,12 @@ from slimgraph.attributes import get_attribute, integers_read, set_attribute
 from slimgraph.axes import Atom, Concat, Product, Term, size
 from slimgraph.errors import ModelError
 from slimgraph.groups import Structure
-from slimgraph.plan import Resolved
+from slimgraph.manifest import Manifest
+from slimgraph.plan import Plan, Resolved
 from slimgraph.surgery import Refit, assign
 from slimgraph.trace import canonical_names, module_path, tensor_at
 
-__all__ = ["PrunedModule", "agreement", "prune_module"]
+__all__ = ["PrunedModule", "agreement", "prune_module", "tolerance"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -50,8 +54,27 @@ class PrunedModule:
     shapes: dict[str, list[int]] = field(default_factory=dict)
     original_shapes: dict[str, list[int]] = field(default_factory=dict)
     added: dict[str, list[int]] = field(default_factory=dict)
-    attributes: dict[str, dict[str, int]] = field(default_factory=dict)
+    attributes: dict[str, dict[str, int | list[int]]] = field(default_factory=dict)
     difference: float = math.nan
+
+    def manifest(self, plan: Plan, recipe: dict[str, Any]) -> Manifest:
+        """What a checkpoint has to say about the copy, against the original module."""
+        persistent = self.module.state_dict().keys()
+        buffers = dict(self.module.named_buffers(remove_duplicate=False))
+        return Manifest(
+            shapes={k: v for k, v in self.shapes.items() if k in persistent},
+            added=self.added,
+            attributes={k: dict(v) for k, v in self.attributes.items()},
+            buffers={
+                k: {"shape": v, "dtype": str(buffers[k].dtype).removeprefix("torch.")}
+                for k, v in self.shapes.items()
+                if k not in persistent
+            },
+            original_shapes=self.original_shapes,
+            plan=plan.to_dict(),
+            recipe=recipe,
+            versions={p: importlib.metadata.version(p) for p in ("slimgraph", "torch", "transformers")},
+        )
 
 
 def prune_module(
@@ -144,6 +167,14 @@ def _resize_torch_modules(result: PrunedModule) -> None:
             if getattr(module, attribute) != n:
                 setattr(module, attribute, n)
                 result.attributes.setdefault(path, {})[attribute] = n
+        shape = getattr(module, "normalized_shape", None)
+        if (
+            isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+            and module.weight is not None
+            and shape != module.weight.shape
+        ):
+            module.normalized_shape = tuple(module.weight.shape)
+            result.attributes.setdefault(path, {})["normalized_shape"] = list(module.weight.shape)
 
 
 # -- attributes that hold old sizes -----------------------------------------------------------------------------------
@@ -174,13 +205,13 @@ def _fit_attributes(model: nn.Module, result: PrunedModule, resolved: Resolved, 
     keys = _readings(model, resolved, ids)
     tried = 0
     best, best_labels = math.inf, ""
-    for combination in itertools.product(*keys.values()):
+    for combination in _by_likelihood(list(keys.values())):
         if tried == _MOST_READINGS:
             break
         tried += 1
         old = _apply(result.module, dict(zip(keys, combination, strict=True)))
         difference = _agreement_or_inf(result.module, pruned_graph, ids)
-        if difference <= _tolerance(pruned_graph):
+        if difference <= tolerance(pruned_graph):
             result.difference = difference
             _record(result, old)
             return
@@ -191,6 +222,25 @@ def _fit_attributes(model: nn.Module, result: PrunedModule, resolved: Resolved, 
     raise ModelError(_failure_message(result.module, pruned_graph, ids, keys, tried, best, best_labels))
 
 
+def _by_likelihood(readings: list[list[_Reading]]) -> Iterator[tuple[_Reading, ...]]:
+    """Combinations of one reading each, those with fewest second choices first."""
+    places = [range(len(r)) for r in readings]
+    most = sum(len(p) - 1 for p in places)
+    for rank in range(most + 1):
+        for choice in _with_sum(places, rank):
+            yield tuple(r[i] for r, i in zip(readings, choice, strict=True))
+
+
+def _with_sum(places: list[range], total: int) -> Iterator[tuple[int, ...]]:
+    if not places:
+        if total == 0:
+            yield ()
+        return
+    for i in places[0]:
+        if i <= total:
+            yield from ((i, *rest) for rest in _with_sum(places[1:], total - i))
+
+
 def _probe(structure: Structure) -> Tensor:
     (ids,) = structure.analysis.graph_module.graph.find_nodes(op="placeholder")
     fixed = [n if isinstance(n, int) else d for n, d in zip(ids.meta["val"].shape, (2, 9), strict=True)]
@@ -198,9 +248,11 @@ def _probe(structure: Structure) -> Tensor:
     return (torch.arange(fixed[0] * fixed[1]) % 17).view(fixed[0], fixed[1]).to(device)
 
 
-def _tolerance(graph_module: fx.GraphModule) -> float:
-    dtype = next(p.dtype for p in graph_module.parameters() if p.is_floating_point())
-    return {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 5e-2)
+def tolerance(graph_module: fx.GraphModule) -> float:
+    """How closely two runs of a computation agree, relative to the largest logit: by its coarsest dtype."""
+    seen = {n.meta["val"].dtype for n in graph_module.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
+    coarsest = max((torch.finfo(d).eps for d in seen if d.is_floating_point), default=0.0)
+    return max(1e-9, min(5e-2, 1000 * coarsest))
 
 
 def _agreement_or_inf(module: nn.Module, graph_module: fx.GraphModule, ids: Tensor) -> float:
@@ -214,8 +266,8 @@ def _agreement_or_inf(module: nn.Module, graph_module: fx.GraphModule, ids: Tens
 def _readings(model: nn.Module, resolved: Resolved, ids: Tensor) -> dict[_Key, list[_Reading]]:
     """For each attribute that may hold an old size, the ways to read it; those that change it come first.
 
-    An attribute that the forward pass reads is tried in every reading. One that it does not read is changed when there is
-    only one reading, for whoever looks at it later.
+    An attribute that the forward pass reads is tried in every reading. One that it does not read is changed when there
+    is only one reading, for whoever looks at it later.
     """
     axes = _axes_by_module(resolved)
     layers = resolved.structure.layers
@@ -223,8 +275,8 @@ def _readings(model: nn.Module, resolved: Resolved, ids: Tensor) -> dict[_Key, l
     found: dict[_Key, list[tuple[str, dict[str, _Axis]]]] = {}
     seen: set[_Key] = set()
     for path, owner in model.named_modules():
-        layer = next((p for p in layers if path == p or path.startswith(p + ".")), None)
-        if layer is None or isinstance(owner, (nn.Linear, nn.Embedding)):
+        layer = next((p for p in layers if path == p or path.startswith(p + ".")), "")
+        if isinstance(owner, (nn.Linear, nn.Embedding)):
             continue
         here = {a.role: a for a in axes.get(path, ())}
         own = {name: value for name, value in vars(owner).items() if type(value) is int}
@@ -237,18 +289,17 @@ def _readings(model: nn.Module, resolved: Resolved, ids: Tensor) -> dict[_Key, l
             if attribute in read.get(path, {}):
                 seen.add(key)
     readings = {key: _ordered_readings(instances) for key, instances in found.items()}
-    return {k: r for k, r in readings.items() if r and (k in seen or len(r) == 1)}
+    return {k: r if k in seen else r[:1] for k, r in readings.items() if r and (k in seen or len(r) == 2)}
 
 
 def _ordered_readings(instances: list[tuple[str, dict[str, _Axis]]]) -> list[_Reading]:
+    """Readings that change something, then the one that the number is not a size at all; nothing if only that is left."""
     roles = set.intersection(*(set(fits) for _, fits in instances))
+    paths = [p for p, _ in instances]
     options = {tuple(fits[r].after for _, fits in instances): r for r in sorted(roles, reverse=True)}
     before = tuple(next(iter(fits.values())).before if fits else 0 for _, fits in instances)
-    if all(o == before for o in options):
-        return []
-    paths = [p for p, _ in instances]
-    ordered = sorted(options, key=lambda o: (o == before, o))
-    return [_Reading(options[o], dict(zip(paths, o, strict=True))) for o in ordered]
+    changing = [_Reading(options[o], dict(zip(paths, o, strict=True))) for o in sorted(options) if o != before]
+    return [*changing, _Reading("as it was", dict(zip(paths, before, strict=True)))] if changing else []
 
 
 def _axes_by_module(resolved: Resolved) -> dict[str, list[_Axis]]:
@@ -266,21 +317,24 @@ def _axes_by_module(resolved: Resolved) -> dict[str, list[_Axis]]:
     for node, dims in analysis.dims.items():
         if node.op != "call_function" or dims is None:
             continue
-        for path in _enclosing(module_path(node)):
+        for path in _within_layer(structure, module_path(node)):
             for terms in dims if isinstance(dims, list) else [dims]:
                 for term in terms:
                     note(path, analysis.axes.find(term))
     for source, terms in analysis.sources.items():
-        for path in _enclosing(source.rpartition(".")[0]):
+        for path in _within_layer(structure, source.rpartition(".")[0]):
             for term in terms:
                 note(path, analysis.axes.find(term))
     return {path: list(axes.values()) for path, axes in found.items()}
 
 
-def _enclosing(path: str) -> Iterator[str]:
-    steps = path.split(".")
-    for i in range(len(steps), 0, -1):
-        yield ".".join(steps[:i])
+def _within_layer(structure: Structure, path: str) -> Iterator[str]:
+    """A module and those around it, up to its layer; outside the layers only the module itself."""
+    layer = next((p for p in structure.layers if path == p or path.startswith(p + ".")), None)
+    yield path
+    while layer is not None and path != layer:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def _parts(term: Term) -> Iterator[Term]:

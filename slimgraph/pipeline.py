@@ -86,27 +86,7 @@ class Result:
         """
         if self._pruned is None:
             raise ModelError(self.module_failure or "the module was not pruned")
-        persistent = self._pruned.module.state_dict().keys()
-        shapes = {k: v for k, v in self._pruned.shapes.items() if k in persistent}
-        buffers = {
-            k: {"shape": v, "dtype": str(dict(self._pruned.module.named_buffers())[k].dtype).removeprefix("torch.")}
-            for k, v in self._pruned.shapes.items()
-            if k not in persistent
-        }
-        own = Manifest(
-            shapes=shapes,
-            added=self._pruned.added,
-            attributes={k: dict(v) for k, v in self._pruned.attributes.items()},
-            buffers=buffers,  # type: ignore[arg-type]
-            original_shapes=self._pruned.original_shapes,
-            plan=self.plan.to_dict(),
-            recipe=self.recipe,
-            versions={
-                "slimgraph": importlib.metadata.version("slimgraph"),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        )
+        own = self._pruned.manifest(self.plan, self.recipe)
         earlier = hf.manifest_of(self._pruned.module)
         return own if earlier is None else own.after(earlier)
 

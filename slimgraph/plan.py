@@ -178,6 +178,8 @@ def _checked(structure: Structure, name: str, cut: Cut) -> Atom:
     if len(cut.keep) != rows:
         raise PlanError(f"group {name!r}: found {len(cut.keep)} rows of units, expected {rows}")
     for row in cut.keep:
+        if len(row) < group.at_least:
+            raise PlanError(f"group {name!r} must keep at least {group.at_least} units; found {row}")
         if len(row) != cut.kept or not row:
             raise PlanError(f"group {name!r}: every row must keep the same number of units, at least one; found {row}")
         if list(row) != sorted(set(row)) or row[0] < 0 or row[-1] >= group.units:

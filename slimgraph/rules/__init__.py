@@ -1,9 +1,21 @@
 """One axis rule per ATen operator, by family. Importing the package registers all of them."""
 
 from slimgraph.rules import contraction, creation, indexing, pointwise, reduction, shape
-from slimgraph.rules.registry import Context, Contraction, Dims, Resizing, Rule, find_rule, operator_name, rule, rules
+from slimgraph.rules.registry import (
+    Choice,
+    Context,
+    Contraction,
+    Dims,
+    Resizing,
+    Rule,
+    find_rule,
+    operator_name,
+    rule,
+    rules,
+)
 
 __all__ = [
+    "Choice",
     "Context",
     "Contraction",
     "Dims",

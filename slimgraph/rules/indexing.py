@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from slimgraph.axes import Term, size
-from slimgraph.rules.registry import Context, Dims, rule
+from torch import Tensor, fx
+
+from slimgraph.axes import Atom, Term, size
+from slimgraph.rules.registry import Context, Dims, Resizing, rule
 
 
 @rule("aten.embedding", golden="(v a), (*) -> (* a), v fixed")
@@ -30,14 +32,14 @@ def unbind(cx: Context, x: Dims, dim: int = 0) -> list[Dims]:
 @rule("aten.index_select", golden="(a *), (n) -> (n *), a fixed")
 def index_select(cx: Context, x: Dims, dim: int, index: Dims) -> Dims:
     dim %= len(x)
-    cx.freeze(x[dim], "positions are selected by an index")
+    cx.looked_up(x[dim], cx.node.args[2], "positions are selected by an index")
     return (*x[:dim], *(index or (cx.frozen(dim, "selected"),)), *x[dim + 1 :])
 
 
 @rule("aten.gather", golden="(* a), (* n) -> (* n), a fixed")
 def gather(cx: Context, x: Dims, dim: int, index: Dims, **_: Any) -> Dims:
     dim %= len(x)
-    cx.freeze(x[dim], "positions are gathered by an index")
+    cx.looked_up(x[dim], cx.node.args[2], "positions are gathered by an index")
     for i, (a, b) in enumerate(zip(x, index, strict=True)):
         if i == dim:
             continue
@@ -53,8 +55,15 @@ def gather(cx: Context, x: Dims, dim: int, index: Dims, **_: Any) -> Dims:
 def index(cx: Context, x: Dims, indices: list[Dims | None]) -> Dims:
     """Advanced indexing; the indexed axes are fixed, the others go through."""
     at = [i for i, ids in enumerate(indices) if ids is not None]
-    for i in at:
-        cx.freeze(x[i], "positions are read by an index")
+    given = cx.node.args[1]
+    assert isinstance(given, (list, tuple))
+    if len(at) == 1 and (position := _from_the_end(cx.constant(given[at[0]]))) is not None:
+        # One position counted from the end: those from there on stay, whatever is cut before them.
+        n = size(x[at[0]])
+        cx.axes.cut(x[at[0]], (n - position, *[1] * position))
+    else:
+        for i in at:
+            cx.looked_up(x[i], given[i], "positions are read by an index")
     together = cx.broadcast(*(ids for ids in indices if ids is not None))
     rest: list[Term] = [t for i, t in enumerate(x) if i not in at]
     # NumPy's rule: indexed axes that lie side by side are replaced in place, others move to the front.
@@ -62,18 +71,52 @@ def index(cx: Context, x: Dims, indices: list[Dims | None]) -> Dims:
     return (*rest[:place], *together, *rest[place:])
 
 
-@rule("aten.topk", "aten.sort", golden="(* a) -> (* k), (* k), a fixed")
-def ranked(cx: Context, x: Dims, *args: Any, **kwargs: Any) -> list[Dims]:
-    dim = _ranking_dim(cx, args, kwargs) % len(x)
+def _from_the_end(value: Tensor | None) -> int | None:
+    return -int(value) if value is not None and value.numel() == 1 and int(value) < 0 else None
+
+
+@rule("aten.topk", golden="(* a) -> (* k), (* k), a choice among a; the second holds positions of a")
+def topk(cx: Context, x: Dims, k: int, dim: int = -1, *_: Any, **__: Any) -> list[Dims]:
+    dim %= len(x)
+    if isinstance(cx.axes.find(x[dim]), Atom):
+        cx.choose(x, dim, at_least=k)
+        cx.range_over(x[dim], output=1)
+    else:
+        cx.freeze(x[dim], "the best positions are picked")
+    out = (*x[:dim], cx.frozen(dim, "ranks"), *x[dim + 1 :])
+    return [out, out]
+
+
+@rule("aten.sort", golden="(* a) -> (* a), (* a), a fixed")
+def sort(cx: Context, x: Dims, *args: Any, **kwargs: Any) -> list[Dims]:
+    dim = int(kwargs.get("dim", args[0] if args else -1)) % len(x)
     cx.freeze(x[dim], "positions are ranked")
     out = (*x[:dim], cx.frozen(dim, "ranks"), *x[dim + 1 :])
     return [out, out]
 
 
-def _ranking_dim(cx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    default = -1
-    position = 1 if "topk" in str(cx.node.target) else 0
-    return int(kwargs.get("dim", args[position] if len(args) > position else default))
+@rule("aten.scatter", "aten.scatter_add", golden="(* a), (* n), (* n)? -> (* a), a fixed unless n are positions of a")
+def scatter(cx: Context, x: Dims, dim: int, index: Dims, *_: Any, **__: Any) -> Dims:
+    dim %= len(x)
+    cx.looked_up(x[dim], cx.node.args[2], "positions are written by an index")
+    for i, (a, b) in enumerate(zip(x, index, strict=True)):
+        if i != dim and size(a) == size(b):
+            cx.unify(a, b)
+        elif i != dim:
+            cx.freeze(a, "written in part")
+    return x
+
+
+def _resize_classes(node: fx.Node, to: Resizing) -> None:
+    if len(node.args) > 1:
+        node.update_arg(1, to.size_of(to.dims(node)[-1]))
+
+
+@rule("aten.one_hot", golden="(*) -> (* a), a fixed unless (*) holds positions of a", resize=_resize_classes)
+def one_hot(cx: Context, ids: Dims, classes: int = -1) -> Dims:
+    made = cx.fresh(len(ids), "classes")
+    cx.looked_up(made, cx.node.args[0], "positions are marked by an index")
+    return (*ids, cx.axes.find(made))
 
 
 @rule("aten.argsort", golden="(* a) -> (* a), a fixed")

@@ -22,12 +22,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from slimgraph.axes import ONE, Axes, Term, size
 from slimgraph.errors import GraphError
 
-__all__ = ["Context", "Contraction", "Dims", "Resize", "Rule", "SizeOf", "find_rule", "operator_name", "rule", "rules"]
+__all__ = [
+    "Choice",
+    "Context",
+    "Contraction",
+    "Dims",
+    "Resize",
+    "Rule",
+    "SizeOf",
+    "find_rule",
+    "operator_name",
+    "rule",
+    "rules",
+]
 
 Dims = tuple[Term, ...]
 SizeOf = Callable[[Term], int]
@@ -70,6 +82,27 @@ class Contraction:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A node chooses among the positions of an axis: a softmax or a ranking.
+
+    What is cut can no longer be chosen, as if it came in as minus infinity.
+
+    Attributes:
+        node: the choosing node.
+        source: the node it reads.
+        dim: where the axis lies in `source`.
+        term: the axis.
+        at_least: number of positions that must stay for the node to work.
+    """
+
+    node: fx.Node
+    source: fx.Node
+    dim: int
+    term: Term
+    at_least: int
+
+
+@dataclass(frozen=True)
 class Resizing:
     """What a `resize` function may ask: the terms of a node, and the new size of a term."""
 
@@ -77,6 +110,8 @@ class Resizing:
     size_of: SizeOf
     axes: Axes
 
+
+_SMALL = 64  # elements; constants written into code are that small
 
 _RULES: dict[str, Rule] = {}
 
@@ -129,6 +164,7 @@ class Context:
         shapes: sizes of the node's output, or of each of its outputs.
         symbolic: for each size in `shapes`, whether it is a batch or sequence size.
         moving: nodes whose value depends on the model's input.
+        contractions, statistics, heads, created, choices, ranges: what rules note down; see the methods below.
     """
 
     axes: Axes
@@ -140,6 +176,8 @@ class Context:
     statistics: list[tuple[fx.Node, Term]]
     heads: list[Term]
     created: dict[fx.Node, Dims]
+    choices: list[Choice]
+    ranges: dict[tuple[fx.Node, int], Term]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -207,6 +245,42 @@ class Context:
     def statistic(self, term: Term) -> None:
         """Note an axis over which a mean or variance is taken: cutting it changes the statistic."""
         self.statistics.append((self.node, term))
+
+    def choose(self, x: Dims, dim: int, at_least: int = 1) -> None:
+        """Note that the node chooses among the positions of a dimension of its first argument."""
+        dim %= len(x)
+        self.choices.append(Choice(self.node, self.argument(0), dim, x[dim], at_least))
+
+    def range_over(self, term: Term, output: int = 0) -> None:
+        """Say that the integers in an output are positions of an axis."""
+        self.ranges[self.node, output] = term
+
+    def range_of(self, node: object) -> Term | None:
+        """The axis whose positions the integers of a node are, if that is known."""
+        return self.ranges.get((node, 0)) if isinstance(node, fx.Node) else None
+
+    def looked_up(self, term: Term, index: object, how: str) -> None:
+        """Positions of an axis are read by an index: by one that ranges over this axis, or else the axis is fixed."""
+        over = self.range_of(index)
+        if over is not None and size(over) == size(term):
+            self.unify(term, over)
+            return
+        self.freeze(term, how)
+        if over is not None:
+            self.freeze(over, how)
+
+    def constant(self, node: object) -> Tensor | None:
+        """The value of a small tensor that was written into the model's code, if it can be known."""
+        while isinstance(node, fx.Node) and node.op == "call_function" and node not in self.moving:
+            if operator_name(node).split(".")[1:2] not in (["clone"], ["to"], ["lift_fresh_copy"], ["detach"]):
+                return None
+            node = node.args[0]
+        if not isinstance(node, fx.Node) or node.op != "get_attr" or node.graph.owning_module is None:
+            return None
+        path, _, leaf = str(node.target).rpartition(".")
+        value = getattr(node.graph.owning_module.get_submodule(path), leaf)
+        known = isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter) and not value.is_meta
+        return value if known and value.numel() <= _SMALL else None
 
     def create(self, dims: Dims) -> Dims:
         """Note a tensor that the graph makes itself; its axes are cut like those of a parameter."""

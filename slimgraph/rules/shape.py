@@ -151,6 +151,8 @@ def _resize_interleave(node: fx.Node, to: Resizing) -> None:
     before, after = to.dims(node.args[0])[dim], to.dims(node)[dim]
     if isinstance(node.args[1], int):
         node.update_arg(1, to.size_of(after) // to.size_of(before))
+    if isinstance(node.kwargs.get("output_size"), int):
+        node.kwargs = {**node.kwargs, "output_size": to.size_of(after)}
 
 
 def _interleave_dim(node: fx.Node) -> int:
