@@ -117,7 +117,7 @@ def _places(group: Any) -> tuple[tuple[str, int], ...]:
 
 
 def _plan(structure: Any, claim: str, seed: int) -> dict[str, Any]:
-    """Random cuts of every group of one kind; groups that norms take statistics over are cut by what they hold alone."""
+    """Random cuts of every group of one kind, as many as possible but half of the units."""
     from slimgraph.plan import Cut
 
     draw = random.Random(seed)
@@ -300,8 +300,8 @@ def markdown(rows: list[dict[str, Any]], command: str, seconds: float) -> str:
         "",
         "- *sdpa = eager*: the groups found with both attention implementations are the same.",
         "- *channels ... residual*: the pruned graph equals the dense graph with the removed units masked, to 1e-9.",
-        "- *module*: the pruned `transformers` module equals the pruned graph (all claims but residual at once; to 1e-9, "
-        "or 1e-5 where the model itself computes in float32); *residual module*: the same for the residual stream.",
+        "- *module*: the pruned `transformers` module equals the pruned graph (all claims but residual at once; to "
+        "1e-9, or 1e-5 where the model itself computes in float32); *residual module*: the same for the residual stream.",
         "- *reload*: saved, loaded in a new process, same logits to 1e-9. "
         "*cache*: generation with and without cache agree.",
         "",

@@ -87,7 +87,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "gpt_neox_japanese": {},
     "gptj": {},
-    "codegen": {"n_head": 8, "n_embd": 96, "rotary_dim": 8},
+    "codegen": {"num_attention_heads": 8, "hidden_size": 96, "n_head": 8, "n_embd": 96, "rotary_dim": 8},
     "opt": {},
     "bloom": {},
     "falcon": {"alibi": False},
@@ -192,11 +192,11 @@ def build(name: str, attention: str = "sdpa") -> torch.nn.Module:
     config = cls(**{k: v for k, v in options.items() if v is not None})
     transformers.set_seed(0)
     try:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float64)
     except ValueError as error:
         if "scaled_dot_product" not in str(error):
             raise
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float64)
     model = model.double().eval()
     for parameter in model.parameters():
         if parameter.is_floating_point():

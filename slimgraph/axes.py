@@ -125,11 +125,13 @@ class Axes:
 
     Attributes:
         links: every merge and every split, in order; the material of explanations.
+        freezes: every atom that was frozen, with the graph node at which it was.
         cause: name of the graph node that is being analysed; set by the analysis.
     """
 
     def __init__(self) -> None:
         self.links: list[Link] = []
+        self.freezes: list[tuple[Atom, str]] = []
         self.cause = ""
 
     # -- making terms ---------------------------------------------------------------------------------------------
@@ -195,6 +197,7 @@ class Axes:
         for atom in self.atoms(term):
             if atom.frozen is None:
                 atom.frozen = reason
+                self.freezes.append((atom, self.cause))
 
     def is_frozen(self, term: Term) -> bool:
         """Whether no atom of the term may be cut."""

@@ -211,7 +211,7 @@ def demo_command(
     model: Annotated[str | None, typer.Option(help="Another model.  [default: SmolLM2-135M, fetched once]")] = None,
     ratio: Annotated[float, typer.Option(help="Share of all parameters that goes.")] = 0.2,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows of 128 tokens.")] = 32,
-    tokens: Annotated[int, typer.Option(min=128, help="Tokens of the evaluation text.")] = 8192,
+    tokens: Annotated[int, typer.Option(min=128, help="Tokens of the evaluation text.")] = 6144,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at --out.")] = False,
     verbose: Verbose = False,
 ) -> None:

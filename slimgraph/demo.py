@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from slimgraph import checkpoint
 from slimgraph.debug.report import report, table
 from slimgraph.errors import CheckpointError, ModelError
+from slimgraph.passes import ApplyPlan
 from slimgraph.perplexity import Perplexity, perplexity
 from slimgraph.pipeline import Result, prune
 from slimgraph.pretrained import demo_model, load_model, load_tokenizer
 from slimgraph.progress import Progress, Stopwatch
+from slimgraph.recipe import Recipe
 from slimgraph.text import calibration_batch, demo_texts, tokenize
 
 __all__ = ["OUT", "run"]
@@ -46,7 +48,7 @@ def run(
     model: str | None = None,
     ratio: float = 0.2,
     samples: int = 32,
-    tokens: int = 8192,
+    tokens: int = 6144,
     force: bool = False,
 ) -> None:
     """Prune, compare, save, load again; prints what it sees.
@@ -74,27 +76,32 @@ def run(
         calibration, evaluation = demo_texts()
         ids = calibration_batch(tokenize(calibration, tokenizer), samples=samples, seq_len=_SEQ_LEN, seed=0)
         test = tokenize(evaluation, tokenizer)[:tokens]
-    print(f"model        {source}")
-    print(f"text         the Python language reference: {ids.numel():,} tokens to calibrate, {len(test):,} to evaluate")
+    _say(f"model        {source}")
+    _say(f"text         the Python language reference: {ids.numel():,} tokens to calibrate, {len(test):,} to evaluate")
 
     rows = [_measure("dense", dense, test, progress)]
-    bare = prune(dense, ids, ratio, recovery="no_recovery", progress=progress)
-    rows.append(_measure("pruned, without recovery", _module(bare), test, progress))
     notes = {"model": source, "method": "slimllm", "calibration": "prose of the Python language reference"}
     result = prune(dense, ids, ratio, notes=notes, progress=progress, watch=watch)
+    same_cut = Recipe((ApplyPlan(plan=result.plan.to_dict()),))
+    bare = prune(dense, ids, recipe=same_cut, progress=progress)
+    rows.append(_measure("pruned, without recovery", _module(bare), test, progress))
     rows.append(_measure("pruned, with recovery", _module(result), test, progress))
     with watch("save"), progress("save"):
         result.save(place, tokenizer=tokenizer, force=force)
     result.seconds = watch.stages()
 
-    print(f"\n{report(result, inner=watch.outer())}\n")
-    print(_comparison(rows))
+    _say(f"\n{report(result, inner=watch.outer())}\n")
+    _say(_comparison(rows))
     with progress("generate"):
-        print(f"\ndense        {_sentence(dense, tokenizer)}")
-        print(f"pruned       {_sentence(_module(result), tokenizer)}")
-    print(f"\ncheckpoint   {place.resolve()}")
+        _say(f"\ndense        {_sentence(dense, tokenizer)}")
+        _say(f"pruned       {_sentence(_module(result), tokenizer)}")
+    _say(f"\ncheckpoint   {place.resolve()}")
     with progress("load in another process"):
-        print(_load_again(place, _module(result), test, rows[-1].measured))
+        _say(_load_again(place, _module(result), test, rows[-1].measured))
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # in order with the progress on standard error
 
 
 def _measure(name: str, model: nn.Module, test: Tensor, progress: Progress) -> _Row:

@@ -258,7 +258,7 @@ def tolerance(graph_module: fx.GraphModule) -> float:
 def _agreement_or_inf(module: nn.Module, graph_module: fx.GraphModule, ids: Tensor) -> float:
     try:
         return agreement(module, graph_module, ids)
-    except (RuntimeError, ValueError, IndexError) as error:
+    except Exception as error:  # a module with a wrong size in an attribute may fail in any way
         _LOG.debug("a reading of the attributes does not run: %s", error)
         return math.inf
 
@@ -293,7 +293,7 @@ def _readings(model: nn.Module, resolved: Resolved, ids: Tensor) -> dict[_Key, l
 
 
 def _ordered_readings(instances: list[tuple[str, dict[str, _Axis]]]) -> list[_Reading]:
-    """Readings that change something, then the one that the number is not a size at all; nothing if only that is left."""
+    """Readings that change something, then the one that it is no size at all; nothing if only that is left."""
     roles = set.intersection(*(set(fits) for _, fits in instances))
     paths = [p for p, _ in instances]
     options = {tuple(fits[r].after for _, fits in instances): r for r in sorted(roles, reverse=True)}
@@ -402,7 +402,7 @@ def _failure_message(
     try:
         agreement(module, graph_module, ids)
         problem = f"its logits differ from the graph's by {best:.2g} of the largest logit"
-    except (RuntimeError, ValueError, IndexError) as error:
+    except Exception as error:
         problem = f"it does not run ({str(error).strip().splitlines()[0]})"
     what = "; ".join(f"{p or '(layer)'}.{a}" for p, a in keys) or "no attribute holds an old size"
     return (

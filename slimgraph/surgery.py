@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slimgraph.errors import GraphError
@@ -109,7 +110,8 @@ def refresh_shapes(graph_module: fx.GraphModule) -> None:
     mode: FakeTensorMode = fake_ids.fake_mode
     mode.allow_non_fake_inputs = True
     values: dict[fx.Node, Any] = {ids: fake_ids}
-    with mode, torch.no_grad():
+    # Some operators only take symbolic sizes through their Python implementations, as during tracing.
+    with mode, enable_python_dispatcher(), torch.no_grad():
         for node in graph_module.graph.nodes:
             if node.op == "get_attr":
                 tensor = tensor_at(graph_module, str(node.target))

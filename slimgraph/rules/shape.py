@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
 
-from slimgraph.axes import ONE, Term, size
+from slimgraph.axes import ONE, Product, Term, size
 from slimgraph.errors import GraphError
 from slimgraph.rules.registry import Context, Dims, Resizing, rule
 
@@ -22,16 +24,17 @@ def _resize_shape(node: fx.Node, to: Resizing) -> None:
     for i, (n, term) in enumerate(zip(asked, dims, strict=True)):
         if to.size_of(term) == size(term) or n == -1:
             continue
-        if isinstance(n, int):
-            sizes[i] = to.size_of(term)
-        elif -1 not in sizes:
-            sizes[i] = -1  # a size computed from the batch or the length: leave it to be inferred
-        else:
-            raise GraphError(
-                f"{node.name}: two sizes of {node.target} depend on the input and on a cut axis; "
-                f"found {asked}, expected at most one"
-            )
+        sizes[i] = to.size_of(term) if isinstance(n, int) else _resized(node, n, term, to)
     node.update_arg(position, sizes)
+
+
+def _resized(node: fx.Node, given: fx.Node, term: Term, to: Resizing) -> fx.Node:
+    """A size that is computed from the batch or the length and holds a cut factor: divide by the old, times the new."""
+    factors = term.factors if isinstance(term, Product) else (term,)
+    cut = [f for f in factors if to.size_of(f) != size(f)]
+    with node.graph.inserting_before(node):
+        rest = node.graph.call_function(operator.floordiv, (given, math.prod(size(f) for f in cut)))
+        return node.graph.call_function(operator.mul, (rest, math.prod(to.size_of(f) for f in cut)))
 
 
 @rule(
