@@ -1,7 +1,8 @@
 """Python attributes of modules: reading and setting them by dotted name, and seeing which ones a forward pass reads.
 
 A dotted name like `config.width` is the attribute of an object that several modules may share. Setting it gives the
-module a copy of that object of its own, so that layers can differ.
+module a copy of that object of its own, so that layers can differ. A number in a name, as in `shape.0`, is a place in a
+list or tuple.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["get_attribute", "integers_read", "set_attribute"]
+__all__ = ["get_attribute", "integers_of", "integers_read", "set_attribute"]
 
 
 def get_attribute(module: nn.Module, name: str) -> Any:
@@ -24,19 +25,47 @@ def get_attribute(module: nn.Module, name: str) -> Any:
     """
     value: Any = module
     for step in name.split("."):
-        value = getattr(value, step)
+        value = _step(value, step)
     return value
 
 
 def set_attribute(module: nn.Module, name: str, value: object) -> None:
     """Set the value under a dotted name; objects on the way are copied, so that nobody else sees the change."""
     first, _, rest = name.partition(".")
-    if not rest:
-        setattr(module, first, value)
-        return
-    own = copy.copy(getattr(module, first))
-    set_attribute(own, rest, value)
-    setattr(module, first, own)
+    setattr(module, first, _with(getattr(module, first), rest, value) if rest else value)
+
+
+def integers_of(thing: object) -> dict[str, int]:
+    """The integers that an object holds itself, alone or in a list or tuple, by dotted name."""
+    return {name: n for attribute, value in vars(thing).items() for name, n in _integers(attribute, value)}
+
+
+def _integers(name: str, value: object) -> list[tuple[str, int]]:
+    if type(value) is int:
+        return [(name, value)]
+    if isinstance(value, (list, tuple)) and value and all(type(n) is int for n in value):
+        return [(f"{name}.{i}", n) for i, n in enumerate(value)]
+    return []
+
+
+def _step(value: Any, step: str) -> Any:
+    if not step.isdigit():
+        return getattr(value, step)
+    if not isinstance(value, (list, tuple)) or int(step) >= len(value):
+        raise AttributeError(f"{type(value).__name__} has no place {step}")
+    return value[int(step)]
+
+
+def _with(thing: Any, name: str, value: object) -> Any:
+    """A copy of an object with the value under a dotted name set."""
+    first, _, rest = name.partition(".")
+    new = _with(_step(thing, first), rest, value) if rest else value
+    if first.isdigit():
+        items = [*thing[: int(first)], new, *thing[int(first) + 1 :]]
+        return tuple(items) if isinstance(thing, tuple) else items
+    own = copy.copy(thing)
+    setattr(own, first, new)
+    return own
 
 
 def integers_read(model: nn.Module, ids: Tensor) -> dict[str, dict[str, int]]:
@@ -72,8 +101,7 @@ def _watch(thing: Any, log: dict[str, int], prefix: str) -> None:
     class Watched(kind):  # type: ignore[misc]
         def __getattribute__(self, name: str) -> Any:
             value = super().__getattribute__(name)
-            if type(value) is int:
-                log[prefix + name] = value
+            log.update(_integers(prefix + name, value))
             return value
 
     Watched.__name__, Watched.__qualname__, Watched.__module__ = kind.__name__, kind.__qualname__, kind.__module__

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from slimgraph.attributes import get_attribute, integers_read, set_attribute
+from slimgraph.attributes import get_attribute, integers_of, integers_read, set_attribute
 from slimgraph.axes import Atom, Concat, Product, Term, size
 from slimgraph.errors import ModelError
 from slimgraph.groups import Structure
@@ -54,7 +54,7 @@ class PrunedModule:
     shapes: dict[str, list[int]] = field(default_factory=dict)
     original_shapes: dict[str, list[int]] = field(default_factory=dict)
     added: dict[str, list[int]] = field(default_factory=dict)
-    attributes: dict[str, dict[str, int | list[int]]] = field(default_factory=dict)
+    attributes: dict[str, dict[str, int]] = field(default_factory=dict)
     difference: float = math.nan
 
     def manifest(self, plan: Plan, recipe: dict[str, Any]) -> Manifest:
@@ -167,14 +167,6 @@ def _resize_torch_modules(result: PrunedModule) -> None:
             if getattr(module, attribute) != n:
                 setattr(module, attribute, n)
                 result.attributes.setdefault(path, {})[attribute] = n
-        shape = getattr(module, "normalized_shape", None)
-        if (
-            isinstance(module, (nn.LayerNorm, nn.RMSNorm))
-            and module.weight is not None
-            and shape != module.weight.shape
-        ):
-            module.normalized_shape = tuple(module.weight.shape)
-            result.attributes.setdefault(path, {})["normalized_shape"] = list(module.weight.shape)
 
 
 # -- attributes that hold old sizes -----------------------------------------------------------------------------------
@@ -279,8 +271,7 @@ def _readings(model: nn.Module, resolved: Resolved, ids: Tensor) -> dict[_Key, l
         if isinstance(owner, (nn.Linear, nn.Embedding)):
             continue
         here = {a.role: a for a in axes.get(path, ())}
-        own = {name: value for name, value in vars(owner).items() if type(value) is int}
-        for attribute, value in {**own, **read.get(path, {})}.items():
+        for attribute, value in {**integers_of(owner), **read.get(path, {})}.items():
             if value < 2:
                 continue
             key = (path.removeprefix(layer), attribute)

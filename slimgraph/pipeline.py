@@ -75,7 +75,7 @@ class Result:
     def __repr__(self) -> str:
         return (
             f"Result({type(self.model or self.graph).__name__}: {self.parameters_before:,} -> "
-            f"{self.parameters_after:,} parameters, {sum(self.seconds.values()):.1f} s)"
+            f"{self.parameters_after:,} parameters)"
         )
 
     def manifest(self) -> Manifest:

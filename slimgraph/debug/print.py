@@ -174,11 +174,13 @@ def _site_lines(structure: Structure, site: Site, prefix: str, prunable: bool) -
 
 
 def _what(site: Site, groups: Sequence[Group]) -> str:
-    if site.kind == "channels":
+    if site.kind == "channels" and site.writes_residual:
         return f"feed-forward: {groups[0].units} channels"
     inside = site.channels
     for g in groups:
         inside //= g.units
+    if site.kind != "heads":
+        return f"{site.kind}: {groups[0].units}"
     if len(groups) == 2:
         return f"attention: {groups[0].units} kv groups × {groups[1].units} heads × {inside}"
     return f"attention: {groups[0].units} heads × {inside}"
@@ -189,25 +191,33 @@ def _why_not(site: Site, groups: Sequence[Group]) -> str:
     statistics = [node for g in groups for node in g.statistics]
     if statistics:
         return f"left alone: a mean or variance is taken over its units ({_listed(statistics)})"
+    if site.stacked:
+        return "left alone: its weight stacks the projections of many experts"
     if not site.writes_residual:
         return "left alone: it does not write to the residual stream"
     return "left alone: its units are summed at other sites as well"
 
 
 def _inner_lines(structure: Structure, prefix: str) -> Iterator[Line]:
-    """Positions inside heads. Where one occurs several times in a dimension, as in rotary halves, they are tied."""
+    """Positions inside heads, and experts."""
     for group in structure.groups.values():
-        if group.kind != "inner" or group.frozen:
+        if group.kind not in ("inner", "experts") or group.frozen:
             continue
         times = Counter((o.source, o.dim) for o in group.occurrences if o.source.startswith(prefix))
         if not times:
             continue
+        if group.kind == "experts":
+            yield Line(f"experts: {group.units}, left alone: a router picks from them")
+            continue
         places = _listed(f"{source.removeprefix(prefix)}[{dim}]" for source, dim in times)
-        tied = max(times.values())
-        if tied > 1:
-            yield Line(f"inside: {group.units} positions, {tied} of each tied together (rotary halves): {places}")
-        else:
-            yield Line(f"inside: {group.units} positions: {places}")
+        tied = "; its halves are tied, as by a rotary embedding" if _has_halves(group) else ""
+        yield Line(f"inside: {group.units} positions: {places}{tied}")
+
+
+def _has_halves(group: Group) -> bool:
+    """Whether the group is several neighbouring parts of what lies inside a head."""
+    parents = Counter((o.source, o.dim, o.place[:-1]) for o in group.occurrences if len(o.place) > 1)
+    return any(times > 1 for times in parents.values())
 
 
 # ---- the rest ----
