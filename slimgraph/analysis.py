@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from slimgraph.axes import Axes, Term, size
+from slimgraph.axes import DATA, Axes, Term, size
 from slimgraph.errors import GraphError
 from slimgraph.rules import Choice, Context, Contraction, Dims, find_rule, operator_name
 
@@ -101,7 +101,7 @@ def analyse(graph_module: fx.GraphModule) -> Analysis:
             analysis.moving.add(node)
         match node.op:
             case "placeholder":
-                analysis.dims[node] = _fresh(analysis, node, "data", "batch or sequence")
+                analysis.dims[node] = _fresh(analysis, node, "data", DATA)
             case "get_attr":
                 analysis.dims[node] = _source(analysis, node)
             case "call_function":

@@ -27,7 +27,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["ONE", "Atom", "Axes", "Concat", "Link", "Product", "Term", "size", "size_with"]
+__all__ = ["DATA", "ONE", "Atom", "Axes", "Concat", "Link", "Product", "Term", "size", "size_with"]
 
 # A concatenation is compared with a product piece by piece; above this many pieces it is frozen instead.
 _MOST_PIECES = 4096
@@ -63,6 +63,8 @@ class Concat:
 Term = Atom | Product | Concat
 
 ONE = Product(())
+
+DATA = "batch or sequence"  # why an axis of the model's input is frozen
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,9 @@ class Axes:
                 atom.frozen = reason
                 self.freezes.append((atom, self.cause))
 
+    def _is_data(self, term: Term) -> bool:
+        return all((a.frozen or "") == DATA for a in self.atoms(term))
+
     def is_frozen(self, term: Term) -> bool:
         """Whether no atom of the term may be cut."""
         return all(a.frozen is not None for a in self.atoms(term))
@@ -223,6 +228,8 @@ class Axes:
         if s is t or s == t:
             return
         if size(s) != size(t):
+            if self._is_data(s) and self._is_data(t):
+                return  # sizes that depend on the input are examples; they need not agree, and are never cut
             raise ValueError(f"cannot align {self.show(s)} with {self.show(t)}: sizes {size(s)} and {size(t)}")
         match s, t:
             case Atom(), _:

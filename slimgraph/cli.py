@@ -41,7 +41,6 @@ app = typer.Typer(
     name="slimgraph",
     help="Make decoder language models smaller: structured pruning inferred from the traced graph.",
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -64,8 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(given or ["--help"], standalone_mode=False)
     except SlimgraphError as error:
         return _complain(str(error), 1)
     except typer.exceptions.TyperException as error:  # wrong usage

@@ -18,7 +18,7 @@ import networkx as nx
 from torch import fx
 
 from slimgraph.analysis import Analysis, Refusal, analyse
-from slimgraph.axes import Atom, Concat, Product, Term, size
+from slimgraph.axes import DATA, Atom, Concat, Product, Term, size
 from slimgraph.errors import GraphError, PlanError
 from slimgraph.rules import Contraction, operator_name
 from slimgraph.trace import module_path
@@ -341,7 +341,7 @@ class _Builder:
         for name, dims in self.sources.items():
             for dim, term in enumerate(dims):
                 for atom, place in _leaves(term):
-                    if atom.size > 1 and not (atom.frozen or "").startswith("batch or"):
+                    if atom.size > 1 and not atom.frozen == DATA:
                         places.setdefault(atom, []).append(Occurrence(name, dim, place))
         return places
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from slimgraph.attributes import get_attribute, integers_of, integers_read, set_attribute
-from slimgraph.axes import Atom, Concat, Product, Term, size
+from slimgraph.axes import DATA, Atom, Concat, Product, Term, size
 from slimgraph.errors import ModelError
 from slimgraph.groups import Structure
 from slimgraph.manifest import Manifest
@@ -344,7 +344,7 @@ def _parts(term: Term) -> Iterator[Term]:
 
 
 def _is_data(term: Term) -> bool:
-    return isinstance(term, Atom) and (term.frozen or "").startswith("batch or")
+    return isinstance(term, Atom) and term.frozen == DATA
 
 
 def _role(structure: Structure, term: Term) -> str:

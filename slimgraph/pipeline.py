@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import transformers
 from torch import Tensor, fx, nn
 
 from slimgraph import checkpoint, hf

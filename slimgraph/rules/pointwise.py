@@ -61,6 +61,8 @@ def same(cx: Context, x: Dims, *_: Any, **__: Any) -> Dims:
     "aten.addcmul",
     "aten.addcdiv",
     "aten.lerp",
+    "aten.polar",
+    "aten.complex",
     golden="(* a), (* a) -> (* a)",
 )
 def also_pointwise(cx: Context, *args: Any, **kwargs: Any) -> Dims:

@@ -73,6 +73,13 @@ def reduce_fixed(cx: Context, x: Dims, dims: Any = None, keepdim: bool = False, 
     return out
 
 
+@rule("aten.max.dim", "aten.min.dim", golden="(* a) -> (*), (*), a fixed")
+def extreme(cx: Context, x: Dims, dim: int, keepdim: bool = False) -> list[Dims]:
+    cx.freeze(x[dim], "the largest or smallest is picked")
+    out = _reduced(x, dim, keepdim)[1]
+    return [out, out]
+
+
 @rule(
     "aten.softmax",
     "aten._softmax",

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from slimgraph.axes import ONE, Axes, Term, size
+from slimgraph.axes import DATA, ONE, Axes, Term, size
 from slimgraph.errors import GraphError
 
 __all__ = [
@@ -188,7 +188,7 @@ class Context:
         """A new axis for a dimension of the output; batch and sequence sizes are frozen."""
         n = self.shapes[output][dim]
         if self.symbolic[output][dim]:
-            return self.axes.atom(n, "data", "batch or sequence")
+            return self.axes.atom(n, "data", DATA)
         return self.axes.atom(n, label)
 
     def frozen(self, dim: int, reason: str, output: int = 0) -> Term:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from slimgraph.axes import ONE, Product, Term, size
+from slimgraph.axes import DATA, ONE, Product, Term, size
 from slimgraph.errors import GraphError
 from slimgraph.rules.registry import Context, Dims, Resizing, rule
 
@@ -145,7 +145,7 @@ def _copies(cx: Context, dim: int, term: Term, *, outer: bool) -> Term:
         return term
     if have == 1:
         return cx.fresh(dim, cx.node.name)
-    times = cx.axes.atom(n // have, cx.node.name, "batch or sequence" if cx.symbolic[0][dim] else None)
+    times = cx.axes.atom(n // have, cx.node.name, DATA if cx.symbolic[0][dim] else None)
     return cx.axes.product((times, term) if outer else (term, times))
 
 
@@ -218,7 +218,12 @@ def _resize_slice(node: fx.Node, to: Resizing) -> None:
 
 
 def _slice_arguments(node: fx.Node) -> tuple[Any, Any, Any, Any]:
-    given = [*node.args[1:], *([None] * 4)]
+    return _arguments_from(node, 1)
+
+
+def _arguments_from(node: fx.Node, place: int) -> tuple[Any, Any, Any, Any]:
+    """Dimension, start, end and step, which stand from that argument on or are named."""
+    given = [*node.args[place:], *([None] * 4)]
     names = ("dim", "start", "end", "step")
     dim, start, end, step = (node.kwargs.get(k, given[i]) for i, k in enumerate(names))
     return dim or 0, start, end, step or 1
@@ -239,6 +244,45 @@ def slice_(cx: Context, x: Dims, dim: int = 0, start: Any = None, end: Any = Non
     else:
         piece = _every(cx, term, start or 0, out, step, dim)
     return (*x[:dim], piece, *x[dim + 1 :])
+
+
+def _resize_slice_scatter(node: fx.Node, to: Resizing) -> None:
+    dim, start, end, step = _arguments_from(node, 2)
+    term = to.dims(node.args[0])[dim]
+    if step != 1 or to.size_of(term) == size(term) or not all(isinstance(v, (int, type(None))) for v in (start, end)):
+        return
+    first, last = _bounds(size(term), start, end)
+    before, middle, _ = to.axes.cut(term, (first, last - first, size(term) - last))
+    new = to.size_of(before)
+    node.args = (*node.args[:2], dim, new, new + to.size_of(middle))
+
+
+@rule("aten.slice_scatter", golden="(a|b|c), (b) -> (a|b|c)", resize=_resize_slice_scatter)
+def slice_scatter(cx: Context, x: Dims, piece: Dims, *_: Any, **__: Any) -> Dims:
+    """A slice is overwritten: the piece has the axes of the slice."""
+    dim, start, end, step = _arguments_from(cx.node, 2)
+    dim %= len(x)
+    for i, (a, b) in enumerate(zip(x, piece, strict=True)):
+        if i != dim or size(a) == size(b):
+            cx.unify(a, b)
+        elif step == 1 and isinstance(start, (int, type(None))) and isinstance(end, (int, type(None))):
+            first, last = _bounds(size(a), start, end)
+            middle = cx.axes.cut(a, (first, last - first, size(a) - last))[1]
+            if size(middle) > 1:
+                cx.unify(middle, b)
+        else:
+            cx.freeze(a, "overwritten in part")
+            cx.freeze(b, "overwrites a part")
+    return x
+
+
+@rule("aten.select_scatter", golden="(a *), (*) -> (a *), a fixed")
+def select_scatter(cx: Context, x: Dims, piece: Dims, dim: int, *_: Any) -> Dims:
+    dim %= len(x)
+    cx.freeze(x[dim], "one position is overwritten by itself")
+    for a, b in zip((*x[:dim], *x[dim + 1 :]), piece, strict=True):
+        cx.unify(a, b)
+    return x
 
 
 def _every(cx: Context, term: Term, start: int, out: int, step: int, dim: int) -> Term:
