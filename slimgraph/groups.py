@@ -280,13 +280,15 @@ class _Builder:
         self.axes = analysis.axes
         self.sources = {name: tuple(self.axes.find(t) for t in dims) for name, dims in analysis.sources.items()}
         self.layers: dict[str, int] = {}
+        self.order = {n: i for i, n in enumerate(analysis.graph_module.graph.nodes)}
         self.projections = [p for c in analysis.contractions if (p := self._projection(c)) is not None]
+        self.projecting = {p.contraction.node for p in self.projections}
 
     def build(self) -> Structure:
         for node in self.analysis.graph_module.graph.nodes:
             self._layer_of_path(module_path(node))
         places = self._places()
-        residual = self._residual_atoms(places)
+        residual = self._residual_atoms()
         heads = {a for t in self.analysis.heads for a in self.axes.atoms(t) if a.frozen is None}
         found = [s for p in self.projections if (s := self._site_atoms(p, residual, heads)) is not None]
         names = self._names(places, found)
@@ -341,7 +343,7 @@ class _Builder:
         for name, dims in self.sources.items():
             for dim, term in enumerate(dims):
                 for atom, place in _leaves(term):
-                    if atom.size > 1 and not atom.frozen == DATA:
+                    if atom.size > 1 and atom.frozen != DATA:
                         places.setdefault(atom, []).append(Occurrence(name, dim, place))
         return places
 
@@ -376,21 +378,35 @@ class _Builder:
             return _Projection(c, other, name, in_dim, rest[0] if len(rest) == 1 else None, picked is not None)
         return None
 
-    def _residual_atoms(self, places: dict[Atom, list[Occurrence]]) -> set[Atom]:
-        """The residual stream: whole outputs of several projections, read again by projections, across layers."""
-        written: dict[Atom, int] = {}
-        read: set[Atom] = set()
-        for p in self.projections:
-            out = self._output(p)
-            if isinstance(out, Atom):
-                written[out] = written.get(out, 0) + 1
-            term = self.axes.find(p.contraction.term)
-            if isinstance(term, Atom):
-                read.add(term)
-        outside = {
-            a for a, occurrences in places.items() if any(self._layer_of_path(o.source) is None for o in occurrences)
-        }
-        return {a for a, times in written.items() if times > 1 and a in read and a in outside}
+    def _residual_atoms(self) -> set[Atom]:
+        """The residual stream: what projections write, skip connections carry past them, and projections read again."""
+        written = {self._output(p) for p in self.projections}
+        read = {self.axes.find(p.contraction.term) for p in self.projections}
+        carried = set()
+        for node in self.analysis.graph_module.graph.nodes:
+            if operator_name(node).startswith("aten.add.") and self._is_skip(node):
+                carried.add(self.analysis.terms(node)[-1])
+        return {a for a in carried & written & read if isinstance(a, Atom)}
+
+    def _is_skip(self, node: fx.Node) -> bool:
+        """Whether a sum adds a value to something that projections computed from that value."""
+        operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and a in self.analysis.moving]
+        if len(operands) != 2 or not self.analysis.terms(node):
+            return False
+        early, late = sorted(operands, key=self.order.__getitem__)
+        start = (late, late in self.projecting)
+        seen, queue = {start}, [start]
+        while queue:
+            at, projected = queue.pop()
+            for source in at.all_input_nodes:
+                if source is early and projected:
+                    return True
+                step = (source, projected or source in self.projecting)
+                # Nothing that comes before the earlier operand can lead back to it.
+                if step not in seen and self.order[source] > self.order[early]:
+                    seen.add(step)
+                    queue.append(step)
+        return False
 
     def _output(self, p: _Projection) -> Term | None:
         return None if p.out_dim is None else self.sources[p.parameter][p.out_dim]
