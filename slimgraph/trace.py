@@ -176,6 +176,7 @@ def _plain_graph_module(exported: ExportedProgram, model: nn.Module) -> fx.Graph
     same = canonical_names(model)
     weights: dict[str, Tensor] = {}
     inputs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         if node.op == "placeholder" and inputs[node.name].kind != InputKind.USER_INPUT:
             target = inputs[node.name].target
@@ -183,10 +184,12 @@ def _plain_graph_module(exported: ExportedProgram, model: nn.Module) -> fx.Graph
             name = _unwrapped(target)
             name = same.get(name, name)
             weights[name] = tensor_at(model, name) if name in same else tensor
-            with graph.inserting_before(node):
-                attribute = graph.create_node("get_attr", name)
-            attribute.meta = dict(node.meta)
-            node.replace_all_uses_with(attribute)
+            if node.users:
+                # Where it is first needed: a run that fetches weights as it goes then holds few at a time.
+                with graph.inserting_before(min(node.users, key=order.__getitem__)):
+                    attribute = graph.create_node("get_attr", name)
+                attribute.meta = dict(node.meta)
+                node.replace_all_uses_with(attribute)
             graph.erase_node(node)
         elif node.op == "call_function" and "_assert" in str(node.target):
             graph.erase_node(node)
