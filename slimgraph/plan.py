@@ -216,6 +216,12 @@ def _positions(
             row = torch.zeros(n, dtype=torch.long)
             depends = outer[atom]
             if depends is not None:
+                if depends not in places:
+                    raise PlanError(
+                        f"group {structure.atom_groups.get(atom)!r} cannot be cut differently for each unit of "
+                        f"{structure.atom_groups.get(depends)!r}: {axes.show(term)} holds the one without the other. "
+                        "Keep the same units for all"
+                    )
                 row = torch.stack(places[depends]).amax(0).clamp(min=0)
             stays &= (at < 0) | mask[row, at.clamp(min=0)]
     return stays.nonzero().flatten()
