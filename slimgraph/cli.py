@@ -1,4 +1,4 @@
-"""The command line: `slimgraph inspect | prune | eval | demo`.
+"""The command line: `slimgraph inspect | explain | prune | eval | demo`.
 
 Results go to standard output; progress and messages to standard error. Bad input is one line there and a non-zero exit
 code, 1 for what Slimgraph refuses and 2 for wrong usage; a traceback means a defect.
@@ -24,12 +24,15 @@ from slimgraph import checkpoint, demo
 from slimgraph.debug import inspect as inspect_model
 from slimgraph.debug import report
 from slimgraph.errors import CheckpointError, ModelError, RecipeError, SlimgraphError
+from slimgraph.explain import explain
+from slimgraph.groups import infer
 from slimgraph.perplexity import perplexity
 from slimgraph.pipeline import prune as prune_model
 from slimgraph.pretrained import check_finite, check_tokens, load_model, load_tokenizer
 from slimgraph.progress import Progress, Stopwatch
 from slimgraph.recipe import METHODS, Recipe, method
 from slimgraph.text import calibration_batch, calibration_tokens, demo_texts, read_tokens, tokenize
+from slimgraph.trace import trace
 from slimgraph.units import HEAD_MODES
 
 __all__ = ["app", "main"]
@@ -110,6 +113,21 @@ def inspect_command(
     if to_json != "-":
         typer.echo(repr(found))
     _write_json(to_json, found.to_dict())
+
+
+@app.command("explain")
+def explain_command(
+    model: Model,
+    what: Annotated[str, typer.Argument(metavar="PARAMETER[DIM]", help="Like decoder.0.out.weight[1].")],
+    trust_remote_code: Trust = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show which slices of other parameters a dimension is coupled to, or why it is frozen, and which nodes say so."""
+    progress = _start(verbose)
+    with progress(f"trace {model}"):
+        structure = infer(trace(load_model(model, meta=True, trust_remote_code=trust_remote_code)))
+    for explanation in explain(structure, what):
+        typer.echo(str(explanation))
 
 
 @app.command("prune")
