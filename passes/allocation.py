@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import fx
 
 from slimgraph.budget import Goal, at_factor, solve
-from slimgraph.errors import CalibrationError, PlanError, RecipeError
+from slimgraph.errors import CalibrationError, NumericsError, PlanError, RecipeError
 from slimgraph.groups import Structure
 from slimgraph.passes.base import Pass, register
 from slimgraph.state import State, structure_of
@@ -58,10 +59,11 @@ class _Allocation(Pass):
         out = {s.name: structure.analysis.sources[s.parameter][s.out_dim] for s in sites}
         added = {s.name: _size(structure, out[s.name]) for s in sites if state.fit_adds_bias and s.bias is None}
         goal = Goal(structure, state.units, weights, state.sizes, added, self.round_to)
-        if self.ratio is not None:
-            state.budget = solve(goal, self.ratio)
-        elif self.unit_ratio is not None:
-            state.budget = at_factor(goal, self.unit_ratio)
+        with state.watch("allocation"):
+            if self.ratio is not None:
+                state.budget = solve(goal, self.ratio)
+            elif self.unit_ratio is not None:
+                state.budget = at_factor(goal, self.unit_ratio)
 
     def weights(self, structure: Structure, state: State) -> Mapping[int, float]:
         """Layer -> how strongly it is cut relative to the others."""
@@ -107,6 +109,7 @@ class CosineAllocation(_Allocation):
             state.similarity = layer_similarity(
                 structure, state.batches, weights=state.weights, progress=state.progress
             )
+        _check_finite(structure, state.similarity)
         candidates = _cut_layers(structure, state)
         # 0 at the published setting for a fifth of the parameters, 1 at that for a half.
         ratio = self.ratio if self.ratio is not None else 0.8 * (self.unit_ratio or 0.0)
@@ -121,6 +124,15 @@ class CosineAllocation(_Allocation):
         chosen = sorted(candidates, key=lambda i: -(state.similarity or [])[i])[:count]
         softmax = torch.softmax(alpha * torch.tensor([state.similarity[i] for i in chosen], dtype=torch.float64), 0)
         return {layer: count * float(w) for layer, w in zip(chosen, softmax, strict=True)}
+
+
+def _check_finite(structure: Structure, similarity: list[float]) -> None:
+    for path, value in zip(structure.layers, similarity, strict=True):
+        if not math.isfinite(value):
+            raise NumericsError(
+                f"the activations of layer {path} hold NaN or infinity: the cosine similarity of input and output is "
+                f"{value}, expected a number; check the weights, and run in float32 or bfloat16 where float16 overflows"
+            )
 
 
 def _cut_layers(structure: Structure, state: State) -> list[int]:

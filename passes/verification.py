@@ -22,12 +22,17 @@ class Verify(Pass):
 
     def run(self, graph_module: fx.GraphModule, state: State) -> None:
         """Check; raises on the first thing that does not hold."""
-        try:
-            graph_module.graph.lint()
-        except RuntimeError as error:
-            raise GraphError(f"the graph is not well formed: {error}") from error
-        refresh_shapes(graph_module)
-        structure_of(graph_module)
-        for name, parameter in graph_module.named_parameters():
-            if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
-                raise NumericsError(f"parameter {name} holds NaN or infinity")
+        with state.watch("verify"):
+            _check(graph_module)
+
+
+def _check(graph_module: fx.GraphModule) -> None:
+    try:
+        graph_module.graph.lint()
+    except RuntimeError as error:
+        raise GraphError(f"the graph is not well formed: {error}") from error
+    refresh_shapes(graph_module)
+    structure_of(graph_module)
+    for name, parameter in graph_module.named_parameters():
+        if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+            raise NumericsError(f"parameter {name} holds NaN or infinity")

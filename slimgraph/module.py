@@ -25,6 +25,7 @@ from slimgraph.attributes import get_attribute, integers_of, integers_read, set_
 from slimgraph.axes import DATA, Atom, Concat, Product, Term, size
 from slimgraph.errors import ModelError
 from slimgraph.groups import Structure
+from slimgraph.layer_config import layer_widths
 from slimgraph.manifest import Manifest
 from slimgraph.plan import Plan, Resolved
 from slimgraph.surgery import Refit, assign
@@ -48,6 +49,7 @@ class PrunedModule:
         added: name -> shape of parameters that the original does not have.
         attributes: module path -> attribute -> new value.
         difference: largest difference of logits to the pruned graph, over the largest logit.
+        layer_widths: layer -> name in the configuration -> width there, where the configuration has a name for it.
     """
 
     module: nn.Module
@@ -56,6 +58,7 @@ class PrunedModule:
     added: dict[str, list[int]] = field(default_factory=dict)
     attributes: dict[str, dict[str, int]] = field(default_factory=dict)
     difference: float = math.nan
+    layer_widths: dict[int, dict[str, int]] = field(default_factory=dict)
 
     def manifest(self, plan: Plan, recipe: dict[str, Any]) -> Manifest:
         """What a checkpoint has to say about the copy, against the original module."""
@@ -74,6 +77,7 @@ class PrunedModule:
             plan=plan.to_dict(),
             recipe=recipe,
             versions={p: importlib.metadata.version(p) for p in ("slimgraph", "torch", "transformers")},
+            per_layer_config=self.layer_widths,
         )
 
 
@@ -99,6 +103,7 @@ def prune_module(
     _add_biases(result, resolved.structure, pruned_graph, refits or {})
     _resize_torch_modules(result)
     _fit_attributes(model, result, resolved, pruned_graph)
+    result.layer_widths = layer_widths(model, resolved, result.shapes)
     return result
 
 

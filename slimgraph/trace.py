@@ -66,7 +66,7 @@ def trace(model: nn.Module, *, shape: tuple[int, int] | None = None) -> fx.Graph
         ModelError: the model is not a causal language model, or `torch.export` cannot trace it (its message is quoted).
     """
     wrapped = _Logits(model)
-    with _evaluating(model):
+    with _evaluating(model), _experts_as_batches(model):
         try:
             exported = _export(wrapped, _example_shape(model), free=True)
         except ModelError:
@@ -148,6 +148,25 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
+
+
+@contextlib.contextmanager
+def _experts_as_batches(model: nn.Module) -> Iterator[None]:
+    """Let `transformers` run the experts of a mixture as one batched product: fused kernels are opaque in a graph."""
+    choose = getattr(model, "set_experts_implementation", None)
+    before = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    if choose is None or before is None:
+        yield
+        return
+    try:
+        choose("batched_mm")
+    except ValueError:  # a model that has no experts to choose for
+        yield
+        return
+    try:
+        yield
+    finally:
+        choose(before)
 
 
 def _example_shape(model: nn.Module) -> tuple[int, int]:

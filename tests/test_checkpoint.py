@@ -265,7 +265,6 @@ from transformers import AutoModelForCausalLM
 for directory in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(directory)
     torch.save(model(torch.tensor({IDS.tolist()})).logits.detach(), directory + "/logits")
-assert not any(name.startswith("slimgraph.checkpoint") for name in sys.modules)
 """
     expected = {}
     for name in ("llama", "rotary", "gpt2"):

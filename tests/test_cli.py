@@ -1,0 +1,441 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import slimgraph
+from slimgraph import cli, demo
+from slimgraph.checkpoint import load_manifest
+from slimgraph.progress import SILENT
+from slimgraph.recipe import method
+
+SMALL = ["--samples", "4", "--seq-len", "16"]
+
+
+class Run(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    monkeypatch.setattr(cli, "Progress", lambda **_: SILENT)  # what shows depends on how fast the machine is
+
+    def call(*arguments: object) -> Run:
+        code = cli._run([str(each) for each in arguments])
+        return Run(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model_dir(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(directory)
+    tiny_tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "story.txt"
+    file.write_text("the old cat sits under a tree and the dog runs . a new house is under the tree .\n" * 60)
+    return file
+
+
+@pytest.fixture(scope="module")
+def pruned_dir(model_dir: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pruned") / "model"
+    assert cli._run(["prune", str(model_dir), "--out", str(out), "--calibration", str(text), *SMALL]) == 0
+    return out
+
+
+# ---- what works ----
+
+
+def test_prune_says_what_it_chose(run: Callable[..., Run], model_dir: Path, text: Path, tmp_path: Path) -> None:
+    out, plan = tmp_path / "out", tmp_path / "plan.json"
+    done = run("prune", model_dir, "--out", out, "--ratio", 0.2, "--calibration", text, *SMALL, "--plan", plan)
+    assert (done.code, done.err) == (0, "")
+    for word in ("heads", "kv groups", "channels", "unit ratio", "similarity", " -> ", "removed", "sweep", "logits"):
+        assert word in done.out
+    assert str(out) in done.out
+    before = sum(p.numel() for p in slimgraph.load(model_dir).parameters())
+    after = sum(p.numel() for p in slimgraph.load(out).parameters())
+    assert f"{before:,} -> {after:,}: {1 - after / before:.2%} removed" in done.out
+    assert slimgraph.Plan.from_json(plan.read_text()).cuts
+
+
+def test_a_checkpoint_carries_its_recipe(
+    run: Callable[..., Run], pruned_dir: Path, model_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    manifest = load_manifest(pruned_dir)
+    assert manifest is not None
+    assert manifest.recipe["notes"] == {
+        "calibration": str(text),
+        "samples": 4,
+        "seq_len": 16,
+        "seed": 0,
+        "dtype": "float32",
+        "model": str(model_dir),
+        "method": "slimllm",
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(manifest.recipe))
+    again = run("prune", model_dir, "--out", tmp_path / "again", "--recipe", recipe, "--calibration", text, *SMALL)
+    assert again.code == 0
+    one, other = slimgraph.load(pruned_dir).state_dict(), slimgraph.load(tmp_path / "again").state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "random"])
+def test_other_methods(run: Callable[..., Run], model_dir: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    done = run("prune", model_dir, "--out", out, "--method", name, "--ratio", 0.1, *SMALL, "--heads", "kv")
+    assert (done.code, done.err) == (0, "")
+    assert slimgraph.load(out) is not None
+
+
+def test_no_recovery_adds_no_bias(run: Callable[..., Run], model_dir: Path, text: Path, tmp_path: Path) -> None:
+    done = run("prune", model_dir, "--out", tmp_path / "out", "--no-recovery", "--calibration", text, *SMALL)
+    assert done.code == 0
+    assert not [name for name in slimgraph.load(tmp_path / "out").state_dict() if name.endswith("bias")]
+
+
+def test_a_pruned_model_is_pruned_again(run: Callable[..., Run], pruned_dir: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("prune", pruned_dir, "--out", out, "--ratio", 0.1, "--calibration", text, *SMALL)
+    assert (done.code, done.err) == (0, "")
+    counts = [sum(p.numel() for p in slimgraph.load(path).parameters()) for path in (pruned_dir, out)]
+    assert counts[1] < counts[0]
+
+
+def test_force_replaces_a_checkpoint(
+    run: Callable[..., Run], pruned_dir: Path, model_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(pruned_dir, tmp_path / "out")
+    before = (out / "model.safetensors").read_bytes()
+    common = ["prune", model_dir, "--out", out, "--ratio", 0.1, "--calibration", text, *SMALL]
+    assert run(*common).code == 1
+    assert (out / "model.safetensors").read_bytes() == before
+    assert run(*common, "--force").code == 0
+    assert (out / "model.safetensors").read_bytes() != before
+
+
+def test_eval(run: Callable[..., Run], pruned_dir: Path, text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    done = run("eval", pruned_dir, "--text", text, "--seq-len", 16, "--json", file)
+    assert (done.code, done.err) == (0, "")
+    found = json.loads(file.read_text())
+    assert f"perplexity {found['value']:.3f}" in done.out
+    assert found["windows"] * 15 == found["tokens"]
+    to_stdout = run("eval", pruned_dir, "--text", text, "--seq-len", 16, "--tokens", 64, "--json", "-")
+    assert json.loads(to_stdout.out)["windows"] == 4
+
+
+def test_inspect(run: Callable[..., Run], model_dir: Path, pruned_dir: Path) -> None:
+    done = run("inspect", model_dir)
+    assert (done.code, done.err) == (0, "")
+    for expected in (
+        "Layers 0-1 (model.layers.*)",
+        "2 kv groups × 2 heads × 8",
+        "48 channels",
+        "site: self_attn.o_proj.weight[1]",
+        "made by: mlp.gate_proj.weight[0], mlp.up_proj.weight[0]",
+        "4 positions: self_attn.q_proj.weight[0], self_attn.k_proj.weight[0]; its halves are tied",
+        "32 positions, the same ones",
+        "rows are looked up by token",
+    ):
+        assert expected in done.out
+    pruned = run("inspect", pruned_dir)
+    assert pruned.code == 0
+    assert "48 channels" not in pruned.out
+
+
+def test_inspect_reads_no_weights(run: Callable[..., Run], model_dir: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(model_dir / name, tmp_path)
+    done = run("inspect", tmp_path, "--json", "-")
+    assert done.code == 0
+    found = json.loads(done.out)
+    assert found["layers"] == ["model.layers.0", "model.layers.1"]
+    assert {site["kind"] for site in found["sites"]} == {"heads", "channels"}
+
+
+def test_inspect_in_python(tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
+    found = slimgraph.inspect(tiny_llama(tie_word_embeddings=True, num_hidden_layers=3))
+    assert "in 3 layers (model.layers.0 to model.layers.2)" in repr(found)
+    assert "model.embed_tokens.weight is read in 2 places" in repr(found)
+    assert "<table>" in found._repr_html_()
+    assert found.to_dict() == found.structure.to_dict()
+
+
+def test_prune_takes_text(
+    tiny_llama: Callable[..., LlamaForCausalLM], tiny_tokenizer: PreTrainedTokenizerFast, text: Path
+) -> None:
+    options = {"ratio": 0.2, "samples": 4, "seq_len": 16, "tokenizer": tiny_tokenizer}
+    content = text.read_text()
+    results = [slimgraph.prune(tiny_llama(), each, **options) for each in (text, str(text), content, [content])]
+    assert len({str(result.plan.to_dict()) for result in results}) == 1
+    assert [result.recipe["notes"]["calibration"] for result in results] == [str(text), str(text), "text", "text"]
+    with pytest.raises(slimgraph.SlimgraphError, match="no tokenizer"):
+        slimgraph.prune(tiny_llama(), content)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1, 3), (0, 64)])
+def test_prune_refuses_unknown_tokens(tiny_llama: Callable[..., LlamaForCausalLM], low: int, high: int) -> None:
+    with pytest.raises(slimgraph.SlimgraphError, match="expected 0 to 63"):
+        slimgraph.prune(tiny_llama(), torch.tensor([[low, high]]))
+
+
+def test_the_demo(
+    capsys: pytest.CaptureFixture[str], model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "_SEQ_LEN", 32)
+    out = tmp_path / "out"
+    demo.run(SILENT, out=out, model=str(model_dir), samples=4, tokens=256)
+    seen = capsys.readouterr().out
+    for expected in (
+        "without recovery",
+        "with recovery",
+        "perplexity",
+        "sweep",
+        f"checkpoint   {out}",
+        "another process",
+    ):
+        assert expected in seen
+    assert slimgraph.load(out) is not None
+
+
+def test_the_module_can_be_run() -> None:
+    done = subprocess.run([sys.executable, "-m", "slimgraph", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("slimgraph ")
+
+
+# ---- bad input ----
+
+
+def refused(done: Run, *words: str, code: int = 1) -> None:
+    """One line on standard error, nothing else anywhere."""
+    assert done.code == code
+    assert done.out == ""
+    assert done.err.count("\n") == 1
+    assert done.err.startswith("slimgraph: error: ")
+    assert "Traceback" not in done.err
+    for word in words:
+        assert word in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--ratio", "1.5"], ["ratio is 1.5", "0 <= ratio < 1"]),
+        (["--ratio", "-0.1"], ["ratio is -0.1"]),
+        (["--ratio", "nan"], ["ratio is nan"]),
+        (["--dtype", "int8"], ["--dtype is 'int8'", "float32"]),
+        (["--device", "abacus"], ["--device is 'abacus'", "cpu"]),
+        (["--device", "meta"], ["no values"]),
+        (["--method", "guess"], ["'guess'", "slimllm, magnitude, wanda, random"]),
+        (["--heads", "odd"], ["'odd'", "balanced"]),
+        (["--calibration", "nowhere.txt"], ["nowhere.txt", "does not exist"]),
+        (["--samples", "100000"], ["too short", "needed for 100000 samples"]),
+        (["--seq-len", "128", "--samples", "1"], ["longer than the 64 positions"]),
+        (["--recipe", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--plan", "/nowhere/plan.json"], ["--plan", "/nowhere"]),
+    ],
+)
+def test_prune_refuses(
+    run: Callable[..., Run], model_dir: Path, text: Path, tmp_path: Path, options: list[str], words: list[str]
+) -> None:
+    defaults = {"--samples": "4", "--seq-len": "16", "--calibration": str(text)}
+    defaults |= dict(zip(options[::2], options[1::2], strict=True))
+    out = tmp_path / "new" / "out"
+    refused(run("prune", model_dir, "--out", out, *(x for pair in defaults.items() for x in pair)), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("passes: [{polish: {}}]", ["'polish'", "magnitude"]),
+        ("passes: [{magnitude: {power: 3}}]", ["magnitude", "power"]),
+        ("passes: [{uniform_allocation: {ratio: lots}}]", ["uniform_allocation", "ratio", "lots"]),
+        ("passes: 3", ["list `passes`"]),
+        ("stages: []", ["list `passes`"]),
+        ("passes: [", ["not YAML"]),
+        ("passes: [sweep]", ["allocation pass before it"]),
+    ],
+)
+def test_recipes_that_are_refused(
+    run: Callable[..., Run], model_dir: Path, text: Path, tmp_path: Path, recipe: str, words: list[str]
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe)
+    out = tmp_path / "out"
+    refused(run("prune", model_dir, "--out", out, "--recipe", file, "--calibration", text, *SMALL), *words)
+    assert not out.exists()
+
+
+def test_a_recipe_and_a_ratio(run: Callable[..., Run], model_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(method("magnitude", 0.2).to_yaml())
+    done = run("prune", model_dir, "--out", tmp_path / "out", "--recipe", file, "--ratio", 0.3)
+    refused(done, "--ratio", "--recipe", "leave one out")
+
+
+def test_the_largest_reachable_ratio_is_named(
+    run: Callable[..., Run], model_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    common = ["prune", model_dir, "--out", tmp_path / "out", "--calibration", text, *SMALL]
+    done = run(*common, "--ratio", 0.9)
+    refused(done, "0.9 cannot be reached", "at most")
+    assert not (tmp_path / "out").exists()
+    most = done.err.partition("Ask for at most ")[2].split(",")[0]
+    assert run(*common, "--ratio", most).code == 0
+
+
+@pytest.mark.parametrize("content", ["", "   \n"])
+def test_empty_calibration(run: Callable[..., Run], model_dir: Path, tmp_path: Path, content: str) -> None:
+    file = tmp_path / "empty.txt"
+    file.write_text(content)
+    refused(run("prune", model_dir, "--out", tmp_path / "out", "--calibration", file), "no text")
+    refused(run("eval", model_dir, "--text", file), "no text")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_text_that_is_too_short(run: Callable[..., Run], model_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "short.txt"
+    file.write_text("the cat sits")
+    refused(run("eval", model_dir, "--text", file, "--seq-len", 16), "3 tokens found, 16 needed")
+
+
+def test_a_model_that_is_not_there(run: Callable[..., Run], tmp_path: Path) -> None:
+    for name in (tmp_path / "nowhere", "nobody/nothing"):
+        refused(run("prune", name, "--out", tmp_path / "out"), str(name))
+        refused(run("inspect", name), str(name))
+        refused(run("eval", name, "--text", "x.txt"), str(name))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_causal(
+    run: Callable[..., Run], tiny_tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "bert"
+    config = BertConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    BertForMaskedLM(config).save_pretrained(model)
+    tiny_tokenizer.save_pretrained(model)
+    refused(
+        run("prune", model, "--out", tmp_path / "out", "--calibration", text, *SMALL), "not a causal language model"
+    )
+    refused(run("inspect", model), "not a causal language model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite(
+    run: Callable[..., Run],
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    words = ["layers.1.mlp.up_proj.weight", "NaN or infinite"]
+    refused(
+        run("prune", tmp_path / "model", "--out", tmp_path / "out", "--calibration", text, *SMALL),
+        *words,
+    )
+    refused(run("eval", tmp_path / "model", "--text", text, "--seq-len", 16), *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["slimllm", "magnitude"])
+def test_activations_that_are_not_finite(
+    run: Callable[..., Run],
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    text: Path,
+    tmp_path: Path,
+    name: str,
+) -> None:
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(1e30)
+    model.model.layers[1].mlp.gate_proj.weight.data.mul_(1e30)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    common = ["prune", tmp_path / "model", "--out", tmp_path / "out", "--calibration", text, *SMALL]
+    refused(run(*common, "--method", name), "layers.1")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "config", "missing"])
+def test_a_damaged_checkpoint(
+    run: Callable[..., Run], pruned_dir: Path, text: Path, tmp_path: Path, damage: str
+) -> None:
+    model = shutil.copytree(pruned_dir, tmp_path / "model")
+    weights = model / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        (model / "config.json").write_text("{")
+    refused(run("eval", model, "--text", text, "--seq-len", 16), str(model))
+    refused(run("prune", model, "--out", tmp_path / "out", "--calibration", text, *SMALL), str(model))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_place_is_checked_before_the_work(run: Callable[..., Run], tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "notes.txt").write_text("mine")
+    refused(run("prune", "nobody/nothing", "--out", full), "not empty")  # the model is not even looked for
+    refused(run("prune", "nobody/nothing", "--out", full, "--force"), "only a checkpoint is ever replaced")
+    refused(run("prune", "nobody/nothing", "--out", full / "notes.txt"), "is a file")
+    refused(run("prune", "nobody/nothing", "--out", full / "notes.txt" / "deeper"), "is a file")
+    refused(run("demo", "--model", "nobody/nothing", "--out", full), "not empty")
+    assert [path.name for path in full.iterdir()] == ["notes.txt"]
+
+
+def test_a_module_that_cannot_be_pruned(
+    run: Callable[..., Run], model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise slimgraph.errors.ModelError("LlamaForCausalLM: does not agree with the pruned graph")
+
+    monkeypatch.setattr("slimgraph.pipeline.prune_module", fail)
+    common = ["prune", model_dir, "--out", tmp_path / "out", "--calibration", text, *SMALL]
+    refused(run(*common), "does not agree", "nothing was written")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trim"], ["trim"]),
+        (["prune", "model"], ["--out"]),
+        (["prune", "model", "--out", "x", "--ratios", "1"], ["--ratios"]),
+        (["prune", "model", "--out", "x", "--samples", "0"], ["--samples"]),
+        (["eval", "model", "--text", "x", "--seq-len", "1"], ["--seq-len"]),
+    ],
+)
+def test_wrong_usage(run: Callable[..., Run], arguments: list[str], words: list[str]) -> None:
+    refused(run(*arguments), *words, code=2)

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import doctest
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+import slimgraph
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_readme_tells_the_truth() -> None:
+    assert doctest.testfile(str(ROOT / "README.md"), module_relative=False).failed == 0
+
+
+def test_the_example_recipe_is_the_preset() -> None:
+    recipe = slimgraph.Recipe.from_file(ROOT / "examples" / "slimllm.yaml")
+    assert recipe == slimgraph.method("slimllm", 0.2)
+
+
+def test_a_pass_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / "own_importance.py"), run_name="__main__")
+    seen = capsys.readouterr().out
+    assert "LlamaForCausalLM: " in seen
+    assert "- variance:" in seen
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page: str) -> None:
+    file = ROOT / page
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", file.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (file.parent / target).exists()] == []
