@@ -35,7 +35,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from family_configs import FAMILIES, QUICK, build
+from family_configs import FAMILIES, QUICK, SLOW, build
 
 CLAIMS = ("channels", "kv groups", "balanced heads", "expert channels", "experts", "residual")
 AFTER = ("module", "reload", "cache")
@@ -360,15 +360,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="comma-separated families; nothing is written")
     parser.add_argument("--quick", action="store_true", help="the subset of the quick tests; nothing is written")
+    parser.add_argument("--slow", action="store_true", help="also the families that take minutes each")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="write all cells as JSON")
     args = parser.parse_args()
     names = args.only.split(",") if args.only else list(QUICK) if args.quick else list(FAMILIES)
+    names += list(SLOW) if args.slow else []
     start = time.perf_counter()
     rows = run(names, args.workers)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
-    text = markdown(rows, "python benchmarks/families.py", time.perf_counter() - start)
+    text = markdown(rows, f"python benchmarks/families.py{' --slow' if args.slow else ''}", time.perf_counter() - start)
     if args.only or args.quick:
         print(text)
         sys.exit(0 if all(is_exact(r) for r in rows) else 1)

@@ -157,8 +157,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "nanochat": {},
     "openai-gpt": {},
     "phimoe": {},
-    "qwen3_next": {},
-    "qwen3_5_text": {},
     "solar_open": {},
     "vaultgemma": {},
     "youtu": {"num_key_value_heads": 6, "head_dim": 8},
@@ -178,6 +176,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt-sw3": {},
 }
 
+# Chunked linear attention unrolls into graphs of many thousand nodes: minutes each.
+SLOW: dict[str, dict[str, Any]] = {
+    "qwen3_next": {},
+    "qwen3_5_text": {},
+}
+
 QUICK = ("llama", "gpt_neox", "phi3", "gpt2", "qwen2_moe")
 
 
@@ -187,7 +191,7 @@ def build(name: str, attention: str = "sdpa") -> torch.nn.Module:
     cls = CONFIG_MAPPING[kind]
     known = cls()
     accepted = {k: v for k, v in SIZES.items() if _accepts(cls, known, k)}
-    options = {**accepted, **FAMILIES.get(name, {})}
+    options = {**accepted, **{**FAMILIES, **SLOW}.get(name, {})}
     config = cls(**{k: v for k, v in options.items() if v is not None})
     transformers.set_seed(0)
     try:

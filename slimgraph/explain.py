@@ -11,7 +11,7 @@ from torch import fx
 
 from slimgraph.axes import Atom, Term
 from slimgraph.errors import PlanError
-from slimgraph.groups import Group, Occurrence, Structure
+from slimgraph.groups import Group, Occurrence, Structure, plain
 from slimgraph.rules import operator_name
 from slimgraph.trace import module_path
 
@@ -111,7 +111,7 @@ def explain(structure: Structure, what: str) -> list[Explanation]:
         frozen_atoms = dict(analysis.axes.freezes)
         freezing = steps_between(start, frozen_atoms.__contains__) if group.frozen else ()
         label = f"{source}[{dim}]" + "".join(f".{i}" for i in mine[0].place)
-        explanations.append(Explanation(label, analysis.axes.show(term), group, couplings, freezing))
+        explanations.append(Explanation(label, plain(term), group, couplings, freezing))
     return explanations
 
 

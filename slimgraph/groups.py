@@ -19,7 +19,7 @@ from slimgraph.rules import Contraction, operator_name
 from slimgraph.structure import Group, Occurrence, Origin, Site, Structure
 from slimgraph.trace import module_path
 
-__all__ = ["Group", "Occurrence", "Origin", "Site", "Structure", "infer"]
+__all__ = ["Group", "Occurrence", "Origin", "Site", "Structure", "infer", "plain"]
 
 
 def infer(graph_module: fx.GraphModule) -> Structure:
@@ -217,7 +217,7 @@ class _Builder:
             out_dim=p.out_dim,
             bias=_bias(node),
             channels=size(term),
-            structure=_plain(term),
+            structure=plain(term),
             groups=tuple(names[a] for a in atoms),
             origins=tuple(self._origins(atoms)),
             writes_residual=isinstance(out, Atom) and out in residual,
@@ -260,14 +260,15 @@ def _label(o: Occurrence) -> str:
     return f"{o.source}[{o.dim}]" + "".join(f".{i}" for i in o.place)
 
 
-def _plain(term: Term) -> str:
+def plain(term: Term) -> str:
+    """A term by its sizes alone: `3 × (5 | 5)`."""
     match term:
         case Atom():
             return str(term.size)
         case Product(factors):
-            return " × ".join(f"({_plain(f)})" if isinstance(f, Concat) else _plain(f) for f in factors)
+            return " × ".join(f"({plain(f)})" if isinstance(f, Concat) else plain(f) for f in factors)
         case Concat(parts):
-            return " | ".join(_plain(p) for p in parts)
+            return " | ".join(plain(p) for p in parts)
 
 
 def _parameter_behind(node: fx.Node, dim: int) -> tuple[str, int, int | None] | None:

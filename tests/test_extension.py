@@ -64,7 +64,7 @@ def test_without_a_rule_the_axes_are_frozen_and_it_is_said_where_and_why(graph_m
     assert frozen
     assert all("has no axis rule" in g.frozen for g in frozen)
     name = next(g.name for g in frozen if "down.weight" in g.name)
-    with pytest.raises(PlanError, match="frozen and cannot be cut.*soft_gate.*has no axis rule"):
+    with pytest.raises(PlanError, match=r"frozen and cannot be cut.*soft_gate.*has no axis rule"):
         resolve(structure, Plan({name: Cut(18, ((0, 1),))}))
 
 
