@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import fx
 
 from slimgraph.errors import PlanError
 from slimgraph.evidence import Evidence
+from slimgraph.groups import Structure
 from slimgraph.passes.base import Pass, register
 from slimgraph.plan import Plan, resolve
 from slimgraph.state import KEY, State, structure_of
@@ -48,7 +49,7 @@ class Sweep(Pass):
                 channels = evidence.kept_channels(kept)
                 return Decision(kept, channels, Refit(*fit(evidence, channels)))
 
-        cut = [u for u in state.units if budget.keep[u.site.name] < u.block_size]
+        cut = [_current(u, structure) for u in state.units if budget.keep[u.site.name] < u.block_size]
         with state.watch("sweep"):
             decisions = sweep(structure, state.batches, cut, decide, weights=state.weights, progress=state.progress)
         plan = Plan({})
@@ -72,6 +73,14 @@ class ApplyPlan(Pass):
     def run(self, graph_module: fx.GraphModule, state: State) -> fx.GraphModule:
         """Cut graph and weights."""
         return _cut(graph_module, state, structure_of(graph_module), Plan.from_dict(self.plan), {})
+
+
+def _current(units: Units, structure: Structure) -> Units:
+    """The same units where the site is now: a pass of others may have changed the graph since they were allocated."""
+    found = next((s for s in structure.sites if s.name == units.site.name), None)
+    if found is None or (found.groups, found.channels) != (units.site.groups, units.site.channels):
+        raise PlanError(f"site {units.site.name} is not what it was when units were allocated; allocate again after")
+    return replace(units, site=found)
 
 
 def _cut(

@@ -351,6 +351,9 @@ class Axes:
         t = self.find(term)
         if sum(sizes) != size(t):
             raise ValueError(f"cannot cut {self.show(t)} into {list(sizes)}")
+        if 0 in sizes:
+            pieces_left = iter(self.cut(t, [n for n in sizes if n]) if any(sizes) else [])
+            return [next(pieces_left) if n else Atom(0, "empty", "an empty axis") for n in sizes]
         if len(sizes) == 1:
             return [t]
         pieces = self._pieces(t, sizes)

@@ -191,14 +191,43 @@ def _check_within(structure: Structure, name: str, atom: Atom, within: str) -> N
     """A choice that differs from unit to unit of another group is sound where that group is always at hand."""
     other = structure.atom(within)
     analysis = structure.analysis
+    if other is atom:
+        raise PlanError(f"group {name!r} cannot be cut within itself; name another group, or none")
     for where, dims in [*analysis.sources.items(), *((n.name, analysis.dims[n]) for n in analysis.dims)]:
         for terms in dims if isinstance(dims, list) else [dims or ()]:
+            for term in terms:
+                if _lies_inside(analysis.axes.find(term), other, atom):
+                    raise PlanError(
+                        f"group {name!r} cannot be cut differently for each unit of {within!r}: at {where} the latter "
+                        "lies inside the former. Keep the same units for all"
+                    )
             present = {a for t in terms for a in analysis.axes.atoms(t)}
             if atom in present and other not in present:
                 raise PlanError(
                     f"group {name!r} cannot be cut differently for each unit of {within!r}: {where} holds the one "
                     "without the other. Keep the same units for all"
                 )
+
+
+def _lies_inside(term: Term, inner: Atom, outer: Atom) -> bool:
+    """Whether an atom is a later factor of a product than another: it varies faster."""
+    match term:
+        case Atom():
+            return False
+        case Concat(parts):
+            return any(_lies_inside(p, inner, outer) for p in parts)
+        case Product(factors):
+            at = {a: [i for i, f in enumerate(factors) if a in _atoms(f)] for a in (inner, outer)}
+            later = bool(at[inner] and at[outer]) and max(at[inner]) > min(at[outer])
+            return later or any(_lies_inside(f, inner, outer) for f in factors)
+
+
+def _atoms(term: Term) -> set[Atom]:
+    match term:
+        case Atom():
+            return {term}
+        case Product(children) | Concat(children):
+            return {a for child in children for a in _atoms(child)}
 
 
 def _positions(
@@ -216,13 +245,14 @@ def _positions(
             row = torch.zeros(n, dtype=torch.long)
             depends = outer[atom]
             if depends is not None:
-                if depends not in places:
+                row = torch.stack(places[depends]).amax(0) if depends in places else row - 1
+                if bool(((at >= 0) & (row < 0)).any()):
                     raise PlanError(
                         f"group {structure.atom_groups.get(atom)!r} cannot be cut differently for each unit of "
                         f"{structure.atom_groups.get(depends)!r}: {axes.show(term)} holds the one without the other. "
                         "Keep the same units for all"
                     )
-                row = torch.stack(places[depends]).amax(0).clamp(min=0)
+                row = row.clamp(min=0)
             stays &= (at < 0) | mask[row, at.clamp(min=0)]
     return stays.nonzero().flatten()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Recipe:
         Raises:
             RecipeError: unknown pass, unknown field, or a value of the wrong type; the message names it.
         """
-        if not isinstance(data, Mapping) or not isinstance(data.get("passes"), Sequence):
+        if not isinstance(data, Mapping) or not isinstance(data.get("passes"), list):
             raise RecipeError("a recipe is a mapping with a list `passes`, like {passes: [{magnitude: {}}]}")
         unknown = data.keys() - {"passes", "notes"}  # notes: what a checkpoint says besides, not part of the recipe
         if unknown:

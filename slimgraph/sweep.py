@@ -211,8 +211,8 @@ def sweep(
     decisions: dict[str, Decision] = {}
     norms: dict[str, Norms] = {}
     observers = [
-        Observer(o.node, (o.reads,), _accumulate(norms, o.reads, o.node))
-        for o in {o.node: o for u in units for o in u.site.origins}.values()
+        Observer(o.node, (o.reads,), _accumulate(norms, o.reads, o.node, site))
+        for o, site in {o.node: (o, u.site.name) for u in units for o in u.site.origins}.values()
     ]
 
     def stop_at(u: Units) -> _Stop:
@@ -240,11 +240,16 @@ def sweep(
     return decisions
 
 
-def _accumulate(norms: dict[str, Norms], reads: str, node: str) -> Callable[[Tensor], None]:
+def _accumulate(norms: dict[str, Norms], reads: str, node: str, site: str) -> Callable[[Tensor], None]:
     def look(x: Tensor) -> None:
         if node not in norms:
             norms[node] = Norms.empty(x.shape[-1], device=x.device)
-        norms[node].update(x)
+        try:
+            norms[node].update(x)
+        except NumericsError as error:
+            raise NumericsError(
+                f"site {site} (value {reads}, which a projection that feeds it reads): {error}"
+            ) from error
 
     return look
 

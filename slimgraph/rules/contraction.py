@@ -72,6 +72,7 @@ def attention(
         key, value = _spread_heads(cx, query, key), _spread_heads(cx, query, value)
     cx.contract(query, key, (-1, -1))
     cx.unify(key[-2], value[-2])
+    cx.freeze(key[-2], "positions that are attended to")
     batch = cx.broadcast(query[:-2], key[:-2], value[:-2])
     cx.batch_of_activations(batch, 0, 1)
     if mask is not None:
@@ -125,7 +126,7 @@ def _both_move(cx: Context) -> bool:
 
 def _resize_groups(node: fx.Node, to: Resizing) -> None:
     channels = to.dims(node.args[0])[1]
-    if len(node.args) > 6 and node.args[6] != 1:
+    if len(node.args) > 6 and to.size_of(channels) != size(channels) and node.args[6] != 1:
         node.args = (*node.args[:6], to.size_of(channels))
 
 

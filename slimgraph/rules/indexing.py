@@ -96,14 +96,19 @@ def sort(cx: Context, x: Dims, *args: Any, **kwargs: Any) -> list[Dims]:
 
 
 @rule("aten.scatter", "aten.scatter_add", golden="(* a), (* n), (* n)? -> (* a), a fixed unless n are positions of a")
-def scatter(cx: Context, x: Dims, dim: int, index: Dims, *_: Any, **__: Any) -> Dims:
+def scatter(cx: Context, x: Dims, dim: int, index: Dims, *rest: Any, **_: Any) -> Dims:
     dim %= len(x)
     cx.looked_up(x[dim], cx.node.args[2], "positions are written by an index")
-    for i, (a, b) in enumerate(zip(x, index, strict=True)):
-        if i != dim and size(a) == size(b):
-            cx.unify(a, b)
-        elif i != dim:
-            cx.freeze(a, "written in part")
+    written = [t for t in (index, *rest) if isinstance(t, tuple)]
+    for i, term in enumerate(x):
+        parts = [t[i] for t in written]
+        whole = [term, *parts] if i != dim else parts
+        if all(size(t) == size(whole[0]) for t in whole):
+            for t in whole[1:]:
+                cx.unify(whole[0], t)
+        else:
+            for t in whole:
+                cx.freeze(t, "written in part")
     return x
 
 

@@ -34,7 +34,6 @@ def pointwise(cx: Context, *args: Any, **kwargs: Any) -> Dims:
     "aten.lift_fresh_copy",
     "aten.lift_fresh",
     "aten.dropout",
-    "aten.native_dropout",
     "aten.feature_dropout",
     "aten.zeros_like",
     "aten.ones_like",
@@ -52,6 +51,12 @@ def pointwise(cx: Context, *args: Any, **kwargs: Any) -> Dims:
 def same(cx: Context, x: Dims, *_: Any, **__: Any) -> Dims:
     """The output has the input's axes."""
     return x
+
+
+@rule("aten.native_dropout", golden="(* a) -> (* a), (* a)")
+def same_twice(cx: Context, x: Dims, *_: Any, **__: Any) -> list[Dims]:
+    """The output and the mask have the input's axes."""
+    return [x, x]
 
 
 @rule(

@@ -94,11 +94,19 @@ def softmax(cx: Context, x: Dims, dim: int, *_: Any, **__: Any) -> Dims:
     return x
 
 
-@rule("aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.flip", "aten.roll", golden="(* a) -> (* a), a fixed")
-def ordered(cx: Context, x: Dims, *args: Any, **_: Any) -> Dims:
-    listed = args[-1] if args else list(range(len(x)))
-    for dim in [listed] if isinstance(listed, int) else listed:
+@rule("aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.flip", golden="(* a) -> (* a), a fixed")
+def ordered(cx: Context, x: Dims, dims: Any, *_: Any, **__: Any) -> Dims:
+    for dim in [dims] if isinstance(dims, int) else dims:
         cx.freeze(x[dim], "positions depend on each other")
+    return x
+
+
+@rule("aten.roll", golden="(* a) -> (* a), a fixed")
+def roll(cx: Context, x: Dims, shifts: Any, dims: Any = ()) -> Dims:
+    """Without dimensions the tensor is rolled as one flat run."""
+    listed = [dims] if isinstance(dims, int) else list(dims)
+    for dim in listed or range(len(x)):
+        cx.freeze(x[dim], "positions move round")
     return x
 
 

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from slimgraph.axes import DATA, ONE, Product, Term, size
@@ -48,7 +49,17 @@ def reshape(cx: Context, x: Dims, shape: Any) -> Dims:
     return cx.axes.reshape(x, cx.shape)
 
 
-@rule("aten.flatten", "aten.view_as", "aten.reshape_as", golden="(a b) -> (ab)")
+@rule("aten.view_as", "aten.reshape_as", golden="(a b), (ab) -> (ab)")
+def reshape_as(cx: Context, x: Dims, other: Dims) -> Dims:
+    """The shape is the other tensor's, before a cut and after."""
+    out = cx.axes.reshape(x, cx.shape)
+    for a, b in zip(out, other, strict=True):
+        if size(a) > 1:
+            cx.unify(a, b)
+    return out
+
+
+@rule("aten.flatten", golden="(a b) -> (ab)")
 def flatten(cx: Context, x: Dims, *_: Any) -> Dims:
     return cx.axes.reshape(x, cx.shape)
 
@@ -74,7 +85,12 @@ def transpose(cx: Context, x: Dims, first: int, second: int) -> Dims:
     return tuple(out)
 
 
-@rule("aten.t", "aten.numpy_T", "aten.mT", "aten.matrix_H", golden="(* a b) -> (* b a)")
+@rule("aten.t", "aten.numpy_T", golden="(a b c) -> (c b a)")
+def reverse(cx: Context, x: Dims) -> Dims:
+    return tuple(reversed(x))
+
+
+@rule("aten.mT", "aten.matrix_H", golden="(* a b) -> (* b a)")
 def matrix_transpose(cx: Context, x: Dims) -> Dims:
     return (*x[:-2], *reversed(x[-2:]))
 
@@ -97,7 +113,16 @@ def unsqueeze(cx: Context, x: Dims, dim: int) -> Dims:
     return (*x[:place], ONE, *x[place:])
 
 
-@rule("aten.squeeze", golden="(1 a) -> (a)")
+def _resize_squeeze(node: fx.Node, to: Resizing) -> None:
+    """Say which dimensions go: another one may have a single position left after the cut."""
+    x = to.dims(node.args[0])
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    asked = range(len(x)) if dims is None else [d % len(x) for d in ([dims] if isinstance(dims, int) else dims)]  # type: ignore[operator, union-attr]
+    node.target = torch.ops.aten.squeeze.dims
+    node.args, node.kwargs = (node.args[0], [d for d in asked if size(x[d]) == 1]), {}
+
+
+@rule("aten.squeeze", golden="(1 a) -> (a)", resize=_resize_squeeze)
 def squeeze(cx: Context, x: Dims, dims: Any = None) -> Dims:
     asked = range(len(x)) if dims is None else [d % len(x) for d in ([dims] if isinstance(dims, int) else dims)]
     return tuple(t for i, t in enumerate(x) if not (i in asked and size(t) == 1))
@@ -115,9 +140,12 @@ def expand_as(cx: Context, x: Dims, other: Dims) -> Dims:
 
 
 @rule("aten.broadcast_tensors", "aten.meshgrid", golden="(a), (b) -> (a b), (a b)")
-def broadcast_tensors(cx: Context, tensors: list[Dims], **_: Any) -> list[Dims]:
+def broadcast_tensors(cx: Context, tensors: list[Dims], **options: Any) -> list[Dims]:
     if "meshgrid" in str(cx.node.target):
-        return [tuple(t[0] for t in tensors)] * len(tensors)
+        grid = [t[0] if t else ONE for t in tensors]
+        if options.get("indexing") == "xy":
+            grid[:2] = reversed(grid[:2])
+        return [tuple(grid)] * len(tensors)
     return [cx.broadcast(*tensors)] * len(tensors)
 
 
@@ -313,8 +341,6 @@ def narrow(cx: Context, x: Dims, dim: int, start: int, length: int) -> Dims:
 
 def _resize_split(node: fx.Node, to: Resizing) -> None:
     """Pieces may differ after cutting, so that every split becomes one with sizes."""
-    import torch
-
     x = to.dims(node.args[0])
     pieces = to.dims(node)
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
@@ -347,7 +373,7 @@ def pad(cx: Context, x: Dims, padding: Sequence[int], *_: Any, **__: Any) -> Dim
     out = list(x)
     for i in range(len(padding) // 2):
         dim = len(x) - 1 - i
-        if size(x[dim]) != cx.shape[dim]:
+        if padding[2 * i] or padding[2 * i + 1]:
             cx.freeze(x[dim], "padded")
             out[dim] = cx.frozen(dim, "padded")
     return tuple(out)
