@@ -424,6 +424,44 @@ def test_units_under_a_norm_are_not_pruned_automatically() -> None:
     assert structure.group("layers.0.down.weight[1]").statistics
 
 
+def test_a_site_that_does_not_write_to_the_residual_stream_is_not_pruned_automatically() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.middle, self.down = nn.Linear(8, 6), nn.Linear(6, 5), nn.Linear(5, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.middle(self.up(x).relu()).relu())
+
+    structure = infer(trace(Toy(Deep())))
+    assert {s.name: s.writes_residual for s in structure.sites} == {
+        "layers.0.middle.weight[1]": False,
+        "layers.0.down.weight[1]": True,
+    }
+    assert [s.name for s in structure.prunable_sites()] == ["layers.0.down.weight[1]"]
+
+
+def test_the_output_of_a_layer_is_the_last_value_that_leaves_it() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = FeedForward(), FeedForward()
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            middle = x + self.first(x)
+            return middle, middle + self.second(middle)
+
+    class Early(Toy):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            middle, last = self.layers[0](self.embedding(input_ids))
+            return self.out(middle + last)
+
+    structure = infer(trace(Early(Block())))
+    ((_, after),) = structure.boundaries()
+    nodes = {n.name: n for n in structure.analysis.graph_module.graph.nodes}
+    assert [n.name for n in nodes.values() if "add" in n.name][1] == after
+
+
 def test_a_model_without_layers_has_no_prunable_site() -> None:
     class Flat(Toy):
         def __init__(self) -> None:

@@ -282,6 +282,24 @@ def test_an_unknown_head_mode_is_refused() -> None:
         units_of(structure, structure.sites[0], "all")
 
 
+ORIGIN_UNITS = [
+    ("llama", "balanced", [[r // 4 for r in range(24)], [-1] * 12, [-1] * 12]),
+    ("llama", "kv", [[r // 8 for r in range(24)], [r // 4 for r in range(12)], [r // 4 for r in range(12)]]),
+    ("gpt2", "auto", [[r % 24 // 6 for r in range(72)]]),
+    ("gpt_neox", "auto", [[r // 24 for r in range(72)]]),
+    ("phi3", "balanced", [[r // 4 for r in range(24)] + [-1] * 24]),
+    ("phi3", "kv", [[r // 8 for r in range(24)] + [r // 4 for r in range(12)] * 2]),
+]
+
+
+@pytest.mark.parametrize(("family", "heads", "expected"), ORIGIN_UNITS)
+def test_rows_that_produce_a_unit_are(family: str, heads: str, expected: list[list[int]]) -> None:
+    structure = decoder(family).structure
+    site = next(s for s in structure.sites if s.kind == "heads")
+    units = units_of(structure, site, heads)
+    assert [origin_units(structure, units, o).tolist() for o in site.origins] == expected
+
+
 @every_family
 @pytest.mark.parametrize("heads", HEAD_MODES)
 def test_the_plan_of_chosen_units_keeps_their_channels(family: str, changes: dict[str, Any], heads: str) -> None:
