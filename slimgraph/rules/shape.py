@@ -329,6 +329,8 @@ def _resize_narrow(node: fx.Node, to: Resizing) -> None:
     if not (isinstance(start, int) and isinstance(length, int)):
         return
     term = x[dim % len(x)]
+    if to.size_of(term) == size(term):
+        return
     before, middle, _ = to.axes.cut(term, (start, length, size(term) - start - length))
     node.args = (node.args[0], dim, to.size_of(before), to.size_of(middle))
 
