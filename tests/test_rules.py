@@ -578,6 +578,32 @@ def test_analysis_leaves_the_graph_alone(case: Case) -> None:
     assert str(graph_module.graph) == before
 
 
+UNUSUAL = [
+    ("narrow counted from the end", on(aten.narrow.default, (2, 9), 1, -4, 2), "x(a b|c|d) -> (a c)"),
+    ("narrow counted to the end", on(aten.narrow.default, (2, 9), 1, -4, 4), "x(a b|c) -> (a c)"),
+    ("tile by fewer numbers than dimensions", on(aten.tile.default, (3, 4), [2]), "x(a b) -> (a c×b)"),
+    ("sum over named dimensions", on(aten.sum.dim_IntList, (3, 4), dim=[1], keepdim=True), "x(a b) -> (a 1)"),
+    (
+        "convolution by channel with named groups",
+        lambda b: b(aten.conv1d.default, b.source("x", 2, 4, 9), b.source("w", 4, 1, 3), groups=4),
+        "x(a b 9!) w(b 1 3!) -> (a b 7!)",
+    ),
+    ("the smallest are picked", on(aten.topk.default, (3, 5), 2, -1, False), "x(a 5!) -> (a 2!), (a 2!)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [pytest.param(*n[1:], id=n[0]) for n in UNUSUAL],
+)
+def test_unusual_uses_of_operators_are_exact(build: Callable[[Bench], fx.Node], says: str) -> None:
+    graph_module, node = graph_of(Case("", build, says))
+    structure = infer(graph_module)
+    assert signature(structure, node) == says
+    for seed in range(KEEP_SETS):
+        verify(graph_module, random_plan(structure, seed, least=2), structure)
+
+
 # -- sizes that are rewritten -----------------------------------------------------------------------------------------
 
 

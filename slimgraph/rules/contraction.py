@@ -126,8 +126,10 @@ def _both_move(cx: Context) -> bool:
 
 def _resize_groups(node: fx.Node, to: Resizing) -> None:
     channels = to.dims(node.args[0])[1]
-    if len(node.args) > 6 and to.size_of(channels) != size(channels) and node.args[6] != 1:
-        node.args = (*node.args[:6], to.size_of(channels))
+    groups = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
+    if groups == 1 or to.size_of(channels) == size(channels):
+        return
+    node.args, node.kwargs = node.args[:6], {**node.kwargs, "groups": to.size_of(channels)}
 
 
 @rule(

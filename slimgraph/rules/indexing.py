@@ -76,9 +76,10 @@ def _from_the_end(value: Tensor | None) -> int | None:
 
 
 @rule("aten.topk", golden="(* a) -> (* k), (* k), a choice among a; the second holds positions of a")
-def topk(cx: Context, x: Dims, k: int, dim: int = -1, *_: Any, **__: Any) -> list[Dims]:
+def topk(cx: Context, x: Dims, k: int, dim: int = -1, largest: bool = True, *_: Any, **__: Any) -> list[Dims]:
     dim %= len(x)
-    if isinstance(cx.axes.find(x[dim]), Atom):
+    # What is cut counts as minus infinity, which would be among the smallest.
+    if largest and isinstance(cx.axes.find(x[dim]), Atom):
         cx.choose(x, dim, at_least=k)
         cx.range_over(x[dim], output=1)
     else:

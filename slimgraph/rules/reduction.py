@@ -50,9 +50,9 @@ def two_statistics(cx: Context, x: Dims, *args: Any, **kwargs: Any) -> list[Dims
 
 
 @rule("aten.sum", golden="(* a) -> (*)")
-def total(cx: Context, x: Dims, dims: Any = None, keepdim: bool = False, **_: Any) -> Dims:
+def total(cx: Context, x: Dims, dim: Any = None, keepdim: bool = False, **_: Any) -> Dims:
     """What is cut drops out of the sum, as a unit that is zero would."""
-    return _reduced(x, dims, keepdim)[1]
+    return _reduced(x, dim, keepdim)[1]
 
 
 @rule(

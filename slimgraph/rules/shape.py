@@ -153,6 +153,7 @@ def _resize_repeats(node: fx.Node, to: Resizing) -> None:
     before, after = to.dims(node.args[0]), to.dims(node)
     asked = node.args[1]
     assert isinstance(asked, (list, tuple))
+    asked = (*[1] * (len(before) - len(asked)), *asked)  # a tile may name the last dimensions only
     padded = (*(ONE for _ in range(len(asked) - len(before))), *before)
     new = [
         to.size_of(b) // max(to.size_of(a), 1) if isinstance(n, int) else n
@@ -331,13 +332,15 @@ def _resize_narrow(node: fx.Node, to: Resizing) -> None:
     term = x[dim % len(x)]
     if to.size_of(term) == size(term):
         return
+    start %= size(term)
     before, middle, _ = to.axes.cut(term, (start, length, size(term) - start - length))
     node.args = (node.args[0], dim, to.size_of(before), to.size_of(middle))
 
 
 @rule("aten.narrow.default", golden="(a|b|c) -> (b)", resize=_resize_narrow)
 def narrow(cx: Context, x: Dims, dim: int, start: int, length: int) -> Dims:
-    narrowed: Dims = slice_(cx, x, dim, start, start + length)
+    first = start % size(x[dim]) if isinstance(start, int) else start
+    narrowed: Dims = slice_(cx, x, dim, first, first + length)
     return narrowed
 
 
