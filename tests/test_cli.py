@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM, PreTrain
 import slimgraph
 from slimgraph import cli, demo
 from slimgraph.checkpoint import load_manifest
+from slimgraph.commands import options
 from slimgraph.progress import SILENT
 from slimgraph.recipe import method
 
@@ -30,7 +31,7 @@ class Run(NamedTuple):
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
-    monkeypatch.setattr(cli, "Progress", lambda **_: SILENT)  # what shows depends on how fast the machine is
+    monkeypatch.setattr(options, "Progress", lambda **_: SILENT)  # what shows depends on how fast the machine is
 
     def call(*arguments: object) -> Run:
         code = cli._run([str(each) for each in arguments])

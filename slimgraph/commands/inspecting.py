@@ -1,0 +1,43 @@
+"""`slimgraph inspect` and `slimgraph explain`: what is in a model, from its configuration alone."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from slimgraph.commands.options import Json, Model, Trust, Verbose, check_file_target, start, write_json
+from slimgraph.debug import inspect as inspect_model
+from slimgraph.explain import explain
+from slimgraph.groups import infer
+from slimgraph.pretrained import load_model
+from slimgraph.trace import trace
+
+__all__ = ["explain_command", "inspect_command"]
+
+
+def inspect_command(
+    model: Model, to_json: Json = None, trust_remote_code: Trust = False, verbose: Verbose = False
+) -> None:
+    """Show what can be removed from a model, what is tied together, and what is frozen and why. Reads no weights."""
+    progress = start(verbose)
+    check_file_target(to_json, "--json")
+    with progress(f"trace {model}"):
+        found = inspect_model(model, trust_remote_code=trust_remote_code)
+    if to_json != "-":
+        typer.echo(repr(found))
+    write_json(to_json, found.to_dict())
+
+
+def explain_command(
+    model: Model,
+    what: Annotated[str, typer.Argument(metavar="PARAMETER[DIM]", help="Like decoder.0.out.weight[1].")],
+    trust_remote_code: Trust = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show which slices of other parameters a dimension is coupled to, or why it is frozen, and which nodes say so."""
+    progress = start(verbose)
+    with progress(f"trace {model}"):
+        structure = infer(trace(load_model(model, meta=True, trust_remote_code=trust_remote_code)))
+    for explanation in explain(structure, what):
+        typer.echo(str(explanation))

@@ -1,0 +1,129 @@
+"""`slimgraph prune`: a model in, a smaller one out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from slimgraph import checkpoint
+from slimgraph.commands.options import (
+    Device,
+    Dtype,
+    Model,
+    Trust,
+    Verbose,
+    check_file_target,
+    device_named,
+    dtype_named,
+    start,
+    write_text,
+)
+from slimgraph.debug import report
+from slimgraph.errors import ModelError, RecipeError
+from slimgraph.pipeline import prune as prune_model
+from slimgraph.pretrained import load_model, load_tokenizer
+from slimgraph.progress import Stopwatch
+from slimgraph.recipe import METHODS, Recipe, method
+from slimgraph.text import calibration_batch, calibration_tokens, demo_texts, tokenize
+from slimgraph.units import HEAD_MODES
+
+__all__ = ["prune_command"]
+
+_DEFAULT_TEXT = "prose of the Python language reference"
+
+
+def prune_command(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory for the pruned checkpoint.")],
+    ratio: Annotated[float | None, typer.Option(help="Share of all parameters that goes.  [default: 0.2]")] = None,
+    method_name: Annotated[
+        str | None, typer.Option("--method", help=f"One of {', '.join(METHODS)}.  [default: slimllm]")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML list of passes, instead of a method and a ratio.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help=f"Text file, or name[:config][@split] of a data set.  [default: {_DEFAULT_TEXT}]"),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of each window.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the windows drawn and of random scores.")] = 0,
+    heads: Annotated[str | None, typer.Option(help=f"{', '.join(HEAD_MODES)}: what goes of attention.")] = None,
+    round_to: Annotated[int | None, typer.Option(min=1, help="Kept channels are a multiple.  [default: 8]")] = None,
+    no_recovery: Annotated[bool, typer.Option("--no-recovery", help="Do not refit the output projections.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    plan: Annotated[Path | None, typer.Option(help="Also write which units stay, as JSON.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
+    trust_remote_code: Trust = False,
+    verbose: Verbose = False,
+) -> None:
+    """Remove a share of a model's parameters and save the smaller model."""
+    progress, watch = start(verbose), Stopwatch()
+    chosen = _recipe(recipe, method_name, ratio, heads, round_to, no_recovery, seed)
+    where, precision = device_named(device), dtype_named(dtype)
+    checkpoint.check_target(out, force=force)
+    check_file_target(plan, "--plan")
+    with watch("load"), progress(f"load {model}"):
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        ids = _calibration_ids(calibration, tokenizer, samples, seq_len, seed)
+        dense = load_model(model, dtype=precision, device=where, trust_remote_code=trust_remote_code)
+    notes = {
+        "model": model,
+        "method": method_name or "slimllm" if recipe is None else f"recipe {recipe.name}",
+        "calibration": calibration or _DEFAULT_TEXT,
+    }
+    result = prune_model(
+        dense, ids, recipe=chosen, heads=heads or "auto", seed=seed, notes=notes, progress=progress, watch=watch
+    )
+    if result.model is None:
+        raise ModelError(f"{result.module_failure}; nothing was written")
+    with watch("save"), progress("save"):
+        result.save(out, tokenizer=tokenizer, force=force)
+    if plan is not None:
+        write_text(plan, result.plan.to_json())
+    result.seconds = watch.stages()
+    typer.echo(
+        f"{type(dense).__name__} {model}: {notes['method']}, {samples} x {seq_len} calibration tokens of "
+        f"{notes['calibration']}, seed {seed}, {dtype} on {device}\n"
+    )
+    typer.echo(report(result, inner=watch.outer()))
+    typer.echo(f"checkpoint   {out}")
+
+
+def _recipe(
+    file: Path | None,
+    name: str | None,
+    ratio: float | None,
+    heads: str | None,
+    round_to: int | None,
+    no_recovery: bool,
+    seed: int,
+) -> Recipe:
+    given = {"--method": name, "--ratio": ratio, "--heads": heads, "--round-to": round_to}
+    given["--no-recovery"] = no_recovery or None
+    twice = [option for option, value in given.items() if value is not None]
+    if file is not None:
+        if twice:
+            raise RecipeError(f"{twice[0]} and --recipe were both given; a recipe says that itself: leave one out")
+        return Recipe.from_file(file)
+    if heads is not None and heads not in HEAD_MODES:
+        raise RecipeError(f"--heads is {heads!r}; expected one of {', '.join(HEAD_MODES)}")
+    return method(
+        name or "slimllm",
+        0.2 if ratio is None else ratio,
+        recovery="no_recovery" if no_recovery else None,
+        heads=heads or "auto",
+        round_to=round_to or 8,
+        seed=seed,
+    )
+
+
+def _calibration_ids(source: str | None, tokenizer: Any, samples: int, seq_len: int, seed: int) -> torch.Tensor:
+    if source is not None:
+        # A path here, whatever it looks like: on a command line nobody gives the text itself.
+        place: str | Path = Path(source) if any(map(str.isspace, source)) else source
+        return calibration_tokens(place, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
+    return calibration_batch(tokenize(demo_texts()[0], tokenizer), samples=samples, seq_len=seq_len, seed=seed)
