@@ -1,18 +1,46 @@
 """What is known about a site at the moment of the decision: the input of every score and every fit.
 
-The sweep gathers it, the passes only read it; nothing in it refers to a graph or a module.
+The sweep gathers it, the passes only read it; nothing in it refers to a graph or a module. Every statistic is a sum
+over tokens that is worked out when somebody first asks for it, from the site's input, which the sweep holds at that
+moment anyway. So a score pays for what it reads: the norms of 11 008 channels cost one look at the activations, their
+second moments a matrix product that is many times the forward pass.
+
+Sums over tokens add up over processes: `combine` does that, and every process then sees the same numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from slimgraph.moments import Moments
+from slimgraph.errors import CalibrationError, NumericsError
+from slimgraph.moments import Moments, as_rows
 
-__all__ = ["Evidence", "Source"]
+__all__ = ["Combine", "Evidence", "Paired", "Source", "alone", "column_slices", "precision_for", "zero_share"]
+
+Combine = Callable[[Tensor], Tensor]
+"""Sums a tensor over all processes; the result is the same in each."""
+
+_CHUNK = 2048  # columns of a weight that are widened at a time
+
+
+def alone(sums: Tensor) -> Tensor:
+    """`Combine` of a single process."""
+    return sums
+
+
+def precision_for(activations: torch.dtype) -> torch.dtype:
+    """In which dtype scores and fits are worked out: float64, or float32 where activations carry fewer than 12 bits."""
+    return torch.float32 if activations in (torch.bfloat16, torch.float16) else torch.float64
+
+
+def zero_share(precision: torch.dtype) -> float:
+    """A variance below this share of its largest possible terms is what rounding leaves of a zero."""
+    return 1e-12 if precision == torch.float64 else 1e-5
 
 
 @dataclass(frozen=True)
@@ -31,13 +59,39 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """Weight, units and streamed statistics of one site.
+class Paired:
+    """Moments of the dense output Y and the sliced output Y' together, channel by channel; all (out,) float64.
 
     Attributes:
-        weight: (out_features, channels), the site's output projection, float32 or float64.
+        mean, sliced_mean: of Y and Y' over the tokens.
+        covariance: sum over tokens of the centred products of Y and Y'.
+        variance: sum over tokens of the centred squares of Y'.
+    """
+
+    mean: Tensor
+    sliced_mean: Tensor
+    covariance: Tensor
+    variance: Tensor
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Token count, and per channel (channels,) float64 the sum and the sum of squares."""
+
+    count: int
+    total: Tensor
+    squares: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Weight, units and activations of one site.
+
+    Attributes:
+        weight: (out_features, channels), the site's output projection, in its own dtype.
         bias: (out_features,) or None.
-        moments: of the site's input, over `channels`.
+        inputs: the site's input, (..., channels) each; iterated as often as statistics are asked for, and the same each
+            time.
         units: (channels,) int64, the unit that each input channel belongs to, or -1 for a channel that always stays.
         blocks: (n_units,) int64, the block of each unit, numbered 0, 1, ... without gaps. Every block keeps the same
             number of units: one block for feed-forward channels and whole kv groups, one per kv group for balanced
@@ -45,16 +99,21 @@ class Evidence:
         sources: the projections that produce the units.
         kind: "heads" or "channels": what the units are.
         name: where, for messages.
+        precision: float64 or float32, what scores and fits compute in; see `precision_for`. Sums over tokens are
+            float64 in any case.
+        combine: sums over processes.
     """
 
     weight: Tensor
     bias: Tensor | None
-    moments: Moments
+    inputs: Sequence[Tensor]
     units: Tensor
     blocks: Tensor
     sources: tuple[Source, ...]
     kind: str
     name: str
+    precision: torch.dtype = torch.float64
+    combine: Combine = alone
 
     def kept_channels(self, kept: Tensor) -> Tensor:
         """Channels that stay when only `kept` units stay.
@@ -69,3 +128,168 @@ class Evidence:
         stays[kept] = True
         stays[-1] = True  # unit -1: belongs to no unit, always stays
         return stays[self.units].nonzero().flatten()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the statistics are: everything is computed there."""
+        return self.inputs[0].device if len(self.inputs) else self.weight.device
+
+    # -- the input ----------------------------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        """Number of calibration tokens.
+
+        Raises:
+            CalibrationError: there are none.
+        """
+        return self._sums.count
+
+    @property
+    def mean(self) -> Tensor:
+        """(channels,) float64 mean of the input over the tokens."""
+        return self._sums.total / self.count
+
+    @property
+    def norms(self) -> Tensor:
+        """(channels,) float64 L2 norm of each input channel over the tokens, not centred."""
+        return self._sums.squares.sqrt()
+
+    @cached_property
+    def variances(self) -> Tensor:
+        """(channels,) float64 population variance of each input channel."""
+        mean = self.mean
+        squares = torch.zeros_like(mean)
+        for x in self._rows():
+            squares += (x - mean.to(x.dtype)).square().sum(0, dtype=torch.float64)
+        return self.combine(squares) / self.count
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Count, mean and centred second moments of the input: (channels, channels), the dearest thing to ask for."""
+        return self._combined(self._rows(), self.weight.shape[1])
+
+    # -- the output ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def output(self) -> Moments:
+        """Moments of the dense output Y = X Wᵀ without bias, over (out_features,)."""
+        weight = self.weight.to(self.device)
+        return self._combined((_product(x, weight) for x in self.inputs), len(weight))
+
+    @cached_property
+    def contributions(self) -> Tensor:
+        """(units + 1, units + 1, out) covariances, times the token count, of what any two units add to the output.
+
+        Unit i adds o_i = X_i W_iᵀ over its own channels; cov(o_i, o_j) at output channel c is W_i[c] S_ij W_j[c]ᵀ with
+        S the scatter of X. Channels of no unit share the last slot. In the evidence's precision.
+        """
+        self.require_finite_weight()
+        scatter = self.moments.scatter.to(self.precision)
+        self._require_finite("input statistics", scatter)
+        weight = self.weight.to(self.device, self.precision)
+        slots = [(self.units == u).nonzero().flatten().to(self.device) for u in [*range(len(self.blocks)), -1]]
+        columns = [weight[:, own] for own in slots]
+        found = weight.new_zeros(len(slots), len(slots), len(weight))
+        for i, own in enumerate(slots):
+            rows = scatter[own]
+            for j in range(i, len(slots)):
+                found[i, j] = found[j, i] = ((columns[i] @ rows[:, slots[j]]) * columns[j]).sum(1)
+        return found
+
+    def paired(self, channels: Tensor) -> Paired:
+        """Moments of dense and sliced output together, for the regression of one on the other.
+
+        Both products are taken in the dtype of the activations, as the model takes them.
+
+        Args:
+            channels: (kept,) int64 channels that stay.
+        """
+        weight = self.weight.to(self.device)
+        channels = channels.to(self.device)
+        sliced = weight.index_select(1, channels)
+        # Near the means; what rounding of the products leaves is put right at the end.
+        mean, sliced_mean = self.projected_mean(), self.projected_mean(channels)
+        sums = torch.zeros(4, len(weight), dtype=torch.float64, device=self.device)
+        for x in self.inputs:
+            whole = as_rows(_product(x, weight), len(weight))
+            part = as_rows(_product(x.index_select(-1, channels), sliced), len(weight))
+            whole, part = whole - mean.to(whole.dtype), part - sliced_mean.to(part.dtype)
+            products = (whole, part, whole * part, part * part)
+            sums += torch.stack([p.sum(0).double() for p in products])
+        rest, sliced_rest, products_sum, squares = self.combine(sums)
+        return Paired(
+            mean=mean + rest / self.count,
+            sliced_mean=sliced_mean + sliced_rest / self.count,
+            covariance=products_sum - rest * sliced_rest / self.count,
+            variance=squares - sliced_rest * sliced_rest / self.count,
+        )
+
+    def projected_mean(self, channels: Tensor | None = None) -> Tensor:
+        """(out,) float64 mean of the output without bias when only these channels stay; all by default."""
+        weight, mean = self.weight.to(self.device), self.mean
+        if channels is not None:
+            weight, mean = weight.index_select(1, channels.to(self.device)), mean[channels.to(self.device)]
+        projected = mean.new_zeros(len(weight))
+        for at in column_slices(weight):
+            projected += weight[:, at].double() @ mean[at]
+        return projected
+
+    # -- checks -------------------------------------------------------------------------------------------------------
+
+    def require_finite_weight(self) -> None:
+        """Raise NumericsError when the weight holds NaN or infinity: a comparison can hide it later on."""
+        self._require_finite("weight", self.weight)
+
+    def _require_finite(self, what: str, values: Tensor) -> None:
+        # A sum is finite only if all its terms are, and needs no mask of the size of the values.
+        if not torch.isfinite(values.sum(dtype=torch.float64)):
+            raise NumericsError(f"{self.name}: the {what} hold NaN or infinity; expected finite values")
+
+    # -- sums over tokens ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _sums(self) -> _Sums:
+        channels = self.weight.shape[1]
+        sums = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=self.device)
+        for x in self._rows():
+            tokens = torch.tensor([len(x)], dtype=torch.float64, device=self.device)
+            sums += torch.cat([tokens, x.sum(0, dtype=torch.float64), x.square().sum(0, dtype=torch.float64)])
+        sums = self.combine(sums)
+        count = int(sums[0])
+        if not count:
+            raise CalibrationError(f"{self.name}: statistics of no tokens; calibrate with at least one")
+        bad = (~torch.isfinite(sums[1 + channels :])).nonzero().flatten()
+        if len(bad):
+            raise NumericsError(
+                f"{self.name}: activations are NaN, infinite or too large to square in {len(bad)} of {channels} "
+                f"channels (the first is channel {int(bad[0])}), expected finite values; run the model in bfloat16 or "
+                "float32, or check its weights"
+            )
+        return _Sums(count, sums[1 : 1 + channels], sums[1 + channels :])
+
+    def _rows(self) -> Iterator[Tensor]:
+        """The inputs as (tokens, channels), in the dtype to add up in."""
+        return (as_rows(x, self.weight.shape[1]) for x in self.inputs)
+
+    def _combined(self, batches: Iterable[Tensor], features: int) -> Moments:
+        """Moments over the batches of all processes."""
+        own = Moments.empty(features, device=self.device)
+        for x in batches:
+            try:
+                own.update(x)
+            except NumericsError as error:
+                raise NumericsError(f"{self.name}: {error}") from error
+        moments = own.combined(self.combine)
+        if not moments.count:
+            raise CalibrationError(f"{self.name}: statistics of no tokens; calibrate with at least one")
+        return moments
+
+
+def column_slices(weight: Tensor) -> Iterator[slice]:
+    """Slices that cover the columns of a weight (out, channels), so that little of it is widened at once."""
+    return (slice(i, i + _CHUNK) for i in range(0, weight.shape[1], _CHUNK))
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, weight.to(x.dtype))

@@ -10,6 +10,7 @@ activations (which are upcast first), in float64 for float64 activations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from slimgraph.errors import CalibrationError, NumericsError
 
-__all__ = ["Moments", "Norms"]
+__all__ = ["Moments", "Norms", "as_rows"]
 
 
 @dataclass(eq=False)
@@ -67,7 +68,7 @@ class Moments:
             NumericsError: `x` holds NaN or infinity, or values so large that their squares overflow. The moments are
                 then as they were before.
         """
-        rows = _as_rows(x, len(self.mean))
+        rows = as_rows(x, len(self.mean))
         if not len(rows):
             return
         # Any shift near the mean serves: what it misses is put right in float64 below.
@@ -85,6 +86,20 @@ class Moments:
         merged = Moments(self.count, self.mean.clone(), self.scatter.clone())
         merged._absorb(other.count, other.mean, other.scatter)
         return merged
+
+    def combined(self, combine: Callable[[Tensor], Tensor]) -> Moments:
+        """Moments over the tokens of all processes.
+
+        Every process knows the common mean before the second moments are summed, so that nothing cancels.
+
+        Args:
+            combine: sums a tensor over the processes.
+        """
+        count = self.mean.new_tensor([self.count])
+        sums = combine(torch.cat([count, self.mean * self.count]))
+        total, mean = int(sums[0]), sums[1:] / sums[0].clamp(min=1)
+        step = self.mean - mean
+        return Moments(total, mean, combine(torch.addr(self.scatter, step, step, alpha=self.count)))
 
     def restrict(self, index: Tensor) -> Moments:
         """Moments of the chosen channels only, in the order given.
@@ -133,6 +148,10 @@ class Moments:
     def _absorb(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         """Add `count` tokens of known mean and scatter, in place."""
         if count == 0:
+            return
+        if self.count == 0:
+            self.count = count
+            self.mean, self.scatter = (t.to(torch.float64, copy=True) for t in (mean, scatter))
             return
         total = self.count + count
         step = mean - self.mean
@@ -184,7 +203,7 @@ class Norms:
             NumericsError: `x` holds NaN or infinity, or values so large that their squares overflow. The norms are then
                 as they were before.
         """
-        rows = _as_rows(x, len(self.squares))
+        rows = as_rows(x, len(self.squares))
         squares = rows.square().sum(0, dtype=torch.float64)
         _check_finite(squares)
         self.squares += squares
@@ -205,8 +224,12 @@ class Norms:
         return self.squares.sqrt()
 
 
-def _as_rows(x: Tensor, channels: int) -> Tensor:
-    """View x as (tokens, channels) in the dtype to compute in."""
+def as_rows(x: Tensor, channels: int) -> Tensor:
+    """View activations as (tokens, channels) in the dtype to compute in: float64 for float64, float32 for any other.
+
+    Raises:
+        ValueError: the last dimension is another one, or the values are no floating-point numbers.
+    """
     if not x.is_floating_point() or x.shape[-1:] != (channels,):
         raise ValueError(f"expected floating-point activations (..., {channels}), got {x.dtype} {tuple(x.shape)}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

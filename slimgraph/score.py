@@ -5,21 +5,20 @@ negative is the importance.
 
 Notation: a site has input X (tokens, channels) and weight W (out, channels). Unit i contributes o_i = X_i W_iᵀ over its
 own channels, and all contributions together make the dense output o. With S the scatter of X, the covariance of any two
-contributions at output channel c is, up to the token count, W_i[c] S_ij W_j[c]ᵀ. So no score needs the activations.
+contributions at output channel c is, up to the token count, W_i[c] S_ij W_j[c]ᵀ. Scores read such sums over the tokens
+from the evidence, never single tokens.
 
 Pearson similarity, the swap search and the feature-space importance are those of SlimLLM (arXiv 2505.22689).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
 from slimgraph.errors import NumericsError, PlanError
-from slimgraph.evidence import Evidence
+from slimgraph.evidence import Evidence, column_slices, zero_share
+from slimgraph.moments import Moments
 
 __all__ = [
     "feature_space",
@@ -31,10 +30,8 @@ __all__ = [
     "wanda",
 ]
 
-# A variance below this share of its largest possible terms is what rounding leaves of a zero.
-_ZERO_VARIANCE = 1e-12
 # A swap has to gain more than this share of the similarity: less is rounding, and would make ties a matter of luck.
-_SWAP_GAIN = 1e-9
+_SWAP_GAIN = {torch.float64: 1e-9, torch.float32: 1e-6}
 
 
 def pearson_similarity(evidence: Evidence) -> Tensor:
@@ -56,7 +53,7 @@ def pearson_similarity(evidence: Evidence) -> Tensor:
         CalibrationError: no token has been seen.
         NumericsError: the weight, the statistics or the similarities are not finite.
     """
-    return _finite_scores(_Contributions.of(evidence).similarities, evidence)
+    return _finite_scores(_Similarity(evidence).without_each(), evidence)
 
 
 def pearson_select(evidence: Evidence, keep: int, *, search: bool = True) -> Tensor:
@@ -67,9 +64,9 @@ def pearson_select(evidence: Evidence, keep: int, *, search: bool = True) -> Ten
     it raises the sum over output channels of |ρ_c| between the kept output and the dense one. Each pruned unit is tried
     once, and a unit that is swapped out is not tried again.
 
-    A tried swap costs one vector of length out_features per kept unit, whatever the number of tokens. Memory is
-    O(channels · out_features). The covariances of a pruned unit with all others are worked out when its turn comes, so
-    the whole search costs about as much as two more products of the scatter with the weight.
+    The covariances of all pairs of contributions are worked out once, for half the price of a product of the scatter
+    with the weight; a tried swap is then arithmetic on one vector of length out_features per kept unit, whatever the
+    number of tokens. Memory is O(units² · out_features).
 
     Args:
         evidence: of the site.
@@ -84,11 +81,11 @@ def pearson_select(evidence: Evidence, keep: int, *, search: bool = True) -> Ten
         NumericsError: the weight, the statistics or the similarities are not finite.
         PlanError: `keep` is below 1 or above the size of a block.
     """
-    parts = _Contributions.of(evidence)
-    similarities = _finite_scores(parts.similarities, evidence)
+    parts = _Similarity(evidence)
+    similarities = _finite_scores(parts.without_each(), evidence)
     blocks = evidence.blocks.to(similarities.device)
     start = select_top(-similarities, blocks, keep)
-    return _swap_search(parts, blocks, start) if search else start
+    return _swap_search(parts, similarities, blocks, start) if search else start
 
 
 def feature_space(
@@ -117,12 +114,11 @@ def feature_space(
         CalibrationError: no token has been seen.
         NumericsError: the weight, the statistics or the scores are not finite.
     """
-    weight = _finite_weight(evidence)
-    if directions:
-        weight = _weigh_directions(weight, evidence.moments.scatter)
-    per_channel = torch.linalg.vector_norm(weight, dim=0)
+    evidence.require_finite_weight()
+    form = _importance_form(evidence.output, evidence.precision) if directions else None
+    per_channel = _weighted_columns(evidence.weight.to(evidence.device), form, evidence.precision)
     if activations:
-        per_channel = per_channel * evidence.moments.norms
+        per_channel = per_channel * evidence.norms
     scores = _sum_by_unit(per_channel, evidence.units, len(evidence.blocks))[:-1]
     if sources:
         scores = scores + _source_scores(evidence, activations=activations)
@@ -144,7 +140,8 @@ def wanda(evidence: Evidence) -> Tensor:
         CalibrationError: no token has been seen.
         NumericsError: the weight, the statistics or the scores are not finite.
     """
-    per_channel = _finite_weight(evidence).abs().sum(0) * evidence.moments.norms
+    evidence.require_finite_weight()
+    per_channel = evidence.weight.to(evidence.device).abs().sum(0, dtype=torch.float64) * evidence.norms
     return _finite_scores(_sum_by_unit(per_channel, evidence.units, len(evidence.blocks))[:-1], evidence)
 
 
@@ -160,7 +157,7 @@ def magnitude(evidence: Evidence) -> Tensor:
     Raises:
         NumericsError: a weight or a score is not finite.
     """
-    per_channel = torch.linalg.vector_norm(evidence.weight.to(_device(evidence), torch.float64), dim=0)
+    per_channel = _weighted_columns(evidence.weight.to(evidence.device), None, evidence.precision)
     scores = _sum_by_unit(per_channel, evidence.units, len(evidence.blocks))[:-1]
     return _finite_scores(scores + _source_scores(evidence, activations=False), evidence)
 
@@ -177,7 +174,7 @@ def random_scores(evidence: Evidence, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(len(evidence.blocks), dtype=torch.float64, generator=generator)
-    return scores.to(_device(evidence))
+    return scores.to(evidence.device)
 
 
 def select_top(scores: Tensor, blocks: Tensor, keep: int, keep_lowest: float = 0.0) -> Tensor:
@@ -218,70 +215,27 @@ def select_top(scores: Tensor, blocks: Tensor, keep: int, keep_lowest: float = 0
     return torch.cat(kept).sort().values
 
 
-@dataclass(frozen=True)
-class _Contributions:
-    """Second moments of what the units of a site contribute to its output, all times the token count.
+class _Similarity:
+    """Similarity of the output of some units to the dense output, from the covariances of their contributions.
 
-    The token count is left in because correlations do not depend on it, and dividing would copy the scatter.
-
-    Attributes:
-        weight: (out, channels) float64.
-        scatter: (channels, channels) float64.
-        slots: (channels,) int64, the unit of each channel; channels of no unit share one more slot, the last.
-        n_units: number of units, without that slot.
-        scale: (out,) float64, sum of the variances of single channels, the yardstick for what counts as zero.
+    All covariances are times the token count: correlations do not depend on it.
     """
 
-    weight: Tensor
-    scatter: Tensor
-    slots: Tensor
-    n_units: int
-    scale: Tensor
+    def __init__(self, evidence: Evidence) -> None:
+        self.covariances = evidence.contributions  # (units + 1, units + 1, out); the last slot always stays
+        self.with_dense = self.covariances.sum(1)  # (units + 1, out)
+        self.dense_variance = self.with_dense.sum(0)
+        terms = evidence.moments.scatter.diagonal().to(self.covariances.dtype)
+        # Sum of the variances of single channels, the yardstick for what counts as zero.
+        self._zero = zero_share(evidence.precision) * (evidence.weight.to(terms.device, terms.dtype).square() @ terms)
 
-    @classmethod
-    def of(cls, evidence: Evidence) -> _Contributions:
-        evidence.moments.require_tokens()
-        weight = _finite_weight(evidence)
-        scatter = evidence.moments.scatter
-        n_units = len(evidence.blocks)
-        slots = _slots(evidence.units.to(scatter.device), n_units)
-        return cls(weight, scatter, slots, n_units, weight.square() @ scatter.diagonal())
+    def without_each(self) -> Tensor:
+        """(units,) similarity of the output without each unit."""
+        covariance = self.dense_variance - self.with_dense[:-1]
+        own = self.covariances.diagonal(dim1=0, dim2=1).T[:-1]
+        return self.of(covariance, covariance - self.with_dense[:-1] + own)
 
-    @cached_property
-    def with_dense(self) -> Tensor:
-        """(units + 1, out) covariance of each contribution, the last slot's too, with the dense output."""
-        return self.with_part(torch.arange(len(self.slots), device=self.slots.device))
-
-    @cached_property
-    def dense_variance(self) -> Tensor:
-        """(out,) variance of the dense output."""
-        return self.with_dense.sum(0)
-
-    @cached_property
-    def variances(self) -> Tensor:
-        """(units, out) variance of each contribution."""
-        variances = self.weight.new_empty(self.n_units, len(self.weight))
-        for unit in range(self.n_units):
-            channels = self.channels_of(unit)
-            columns = self.weight[:, channels]
-            variances[unit] = (columns @ self.scatter[channels][:, channels] * columns).sum(1)
-        return variances
-
-    @cached_property
-    def similarities(self) -> Tensor:
-        """(units,) similarity of the output without each unit to the dense output."""
-        covariances = self.dense_variance - self.with_dense[:-1]
-        return self.similarity(covariances, covariances - self.with_dense[:-1] + self.variances)
-
-    def channels_of(self, unit: int) -> Tensor:
-        return (self.slots == unit).nonzero().flatten()
-
-    def with_part(self, channels: Tensor) -> Tensor:
-        """(units + 1, out) covariance of each contribution, the last slot's too, with that of the given channels."""
-        products = self.scatter[:, channels] @ self.weight[:, channels].mT
-        return _sum_by_slot(self.weight.mT * products, self.slots, self.n_units + 1)
-
-    def similarity(self, covariance: Tensor, variance: Tensor) -> Tensor:
+    def of(self, covariance: Tensor, variance: Tensor) -> Tensor:
         """Sum over output channels of |ρ_c| between some output and the dense one; 0 for channels that do not vary.
 
         Args:
@@ -291,69 +245,95 @@ class _Contributions:
         Returns:
             (...) float64.
         """
-        zero = _ZERO_VARIANCE * self.scale
-        varies = (variance > zero) & (self.dense_variance > zero)
+        varies = (variance > self._zero) & (self.dense_variance > self._zero)
         deviations = torch.where(varies, variance * self.dense_variance, 1.0).sqrt()
         correlations = (covariance.abs() / deviations).clamp(max=1.0)
-        return torch.where(varies, correlations, 0.0).sum(-1)
+        return torch.where(varies, correlations, 0.0).sum(-1, dtype=torch.float64)
 
 
-def _swap_search(parts: _Contributions, blocks: Tensor, start: Tensor) -> Tensor:
-    """Improve the kept units by swaps within blocks; see `pearson_select`."""
-    stays = torch.zeros(parts.n_units + 1, dtype=torch.bool, device=start.device)
+def _swap_search(parts: _Similarity, similarities: Tensor, blocks: Tensor, start: Tensor) -> Tensor:
+    """Improve the kept units by swaps within blocks; see `pearson_select`. A tried swap is O(out) arithmetic."""
+    together = parts.covariances
+    stays = torch.zeros(len(together), dtype=torch.bool, device=start.device)
     stays[start] = True
     stays[-1] = True  # the slot of the channels that belong to no unit
 
-    with_dense, variances = parts.with_dense, parts.variances
-    with_kept = parts.with_part(stays[parts.slots].nonzero().flatten())
+    with_dense = parts.with_dense
+    with_kept = together[:, stays].sum(1)
     covariance = with_dense[stays].sum(0)  # of the kept output with the dense one
     variance = with_kept[stays].sum(0)  # of the kept output
-    best = float(parts.similarity(covariance, variance))
+    best = float(parts.of(covariance, variance))
 
-    most_similar_first = parts.similarities.argsort(descending=True, stable=True)
+    most_similar_first = similarities.argsort(descending=True, stable=True)
     for unit in most_similar_first[~stays[most_similar_first]].tolist():
         rivals = (stays[:-1] & (blocks == blocks[unit])).nonzero().flatten()
-        with_unit = parts.with_part(parts.channels_of(unit))
         covariances = covariance + with_dense[unit] - with_dense[rivals]
         # The variance of K + unit - rival: cross terms of both with K and with each other come in twice.
-        cross_terms = with_kept[unit] - with_kept[rivals] - with_unit[rivals]
-        swapped_variances = variance + variances[unit] + variances[rivals] + 2 * cross_terms
-        swapped = parts.similarity(covariances, swapped_variances)
+        cross_terms = with_kept[unit] - with_kept[rivals] - together[unit, rivals]
+        own = together[unit, unit] + together[rivals, rivals]
+        swapped_variances = variance + own + 2 * cross_terms
+        swapped = parts.of(covariances, swapped_variances)
 
         choice = int(swapped.argmax())
-        if float(swapped[choice]) <= best * (1 + _SWAP_GAIN):
+        if float(swapped[choice]) <= best * (1 + _SWAP_GAIN[together.dtype]):
             continue
         rival = int(rivals[choice])
         stays[unit], stays[rival] = True, False
-        with_kept += with_unit - parts.with_part(parts.channels_of(rival))
+        with_kept += together[:, unit] - together[:, rival]
         covariance, variance, best = covariances[choice], swapped_variances[choice], float(swapped[choice])
     return stays[:-1].nonzero().flatten()
 
 
-def _weigh_directions(weight: Tensor, scatter: Tensor) -> Tensor:
-    """(out, channels) columns of the weight in the eigenbasis of the output's covariance, times ω.
+def _importance_form(output: Moments, precision: torch.dtype) -> Tensor:
+    """(out, out) V diag(ω² - ¼) Vᵀ, for ω and V of the output's covariance: ω² = ¼ where nothing varies.
 
     λ / mean λ does not depend on the token count, so the scatter serves as the covariance.
     """
-    spectrum: tuple[Tensor, Tensor] = torch.linalg.eigh(weight @ (scatter @ weight.mT))
+    spectrum: tuple[Tensor, Tensor] = torch.linalg.eigh(output.scatter.to(precision))
     strengths, directions = spectrum
     strengths = strengths.clamp(min=0)
     mean = strengths.mean()
     if float(mean) > 0:
         strengths = strengths / mean
-    return strengths.sigmoid()[:, None] * (directions.mT @ weight)
+    return (directions * (strengths.sigmoid().square() - 0.25)) @ directions.mT
+
+
+def _weighted_columns(weight: Tensor, form: Tensor | None, precision: torch.dtype) -> Tensor:
+    """(channels,) float64 norms of a weight's columns: sqrt(¼ wᵀw + wᵀ F w) for a form F, else sqrt(wᵀw).
+
+    The product with the form is taken in the weight's own dtype where that is a short one: it is the smaller term, and
+    what rounding adds to its 4 096 or so summands averages out to some 1e-5 of the score, like that of the weight.
+    """
+    product_dtype = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else precision
+    squares = []
+    for at in column_slices(weight):
+        columns = weight[:, at].to(precision)
+        square = columns.square().sum(0, dtype=torch.float64)
+        if form is not None:
+            product = (form.to(product_dtype) @ columns.to(product_dtype)).to(precision)
+            square = 0.25 * square + (columns * product).sum(0, dtype=torch.float64)
+        squares.append(square)
+    return torch.cat(squares).clamp(min=0).sqrt()
 
 
 def _source_scores(evidence: Evidence, *, activations: bool) -> Tensor:
     """(units,) sum over a unit's source rows of their L2 norms, each feature times its activations' norm if asked."""
-    device = _device(evidence)
+    device = evidence.device
     scores = torch.zeros(len(evidence.blocks), dtype=torch.float64, device=device)
     for source in evidence.sources:
-        rows = source.weight.to(device, torch.float64)
-        if activations:
-            rows = rows * source.input_norms.to(device, torch.float64)
-        scores += _sum_by_unit(torch.linalg.vector_norm(rows, dim=1), source.units, len(scores))[:-1]
+        weights = source.input_norms.to(device, torch.float64).square() if activations else None
+        scores += _sum_by_unit(_row_norms(source.weight.to(device), weights, evidence), source.units, len(scores))[:-1]
     return scores
+
+
+def _row_norms(weight: Tensor, weights: Tensor | None, evidence: Evidence) -> Tensor:
+    """(rows,) float64 L2 norms of a weight's rows, each feature's square times its weight."""
+    squares = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    for at in column_slices(weight):
+        columns = weight[:, at].to(evidence.precision).square()
+        # Sums of the precision's products, in float64 from chunk to chunk.
+        squares += columns.sum(1) if weights is None else columns @ weights[at].to(columns.dtype)
+    return squares.sqrt()
 
 
 def _sum_by_unit(values: Tensor, units: Tensor, n_units: int) -> Tensor:
@@ -370,24 +350,6 @@ def _sum_by_slot(values: Tensor, slots: Tensor, n_slots: int) -> Tensor:
     sums = torch.zeros(n_slots, *values.shape[1:], dtype=values.dtype, device=values.device)
     sums.index_add_(0, slots, values)
     return sums
-
-
-def _device(evidence: Evidence) -> torch.device:
-    """Where the statistics are, the largest thing at hand: everything is computed there."""
-    return evidence.moments.scatter.device
-
-
-def _finite_weight(evidence: Evidence) -> Tensor:
-    """The site's weight in float64 where the statistics are, with both checked.
-
-    Checked here and not only in the scores: a comparison can turn NaN into an innocent zero on the way.
-    """
-    weight = evidence.weight.to(_device(evidence), torch.float64)
-    # A sum is finite only if all its terms are, and needs no mask of the size of the scatter.
-    for what, values in [("weight", weight), ("input statistics", evidence.moments.scatter)]:
-        if not torch.isfinite(values.sum()):
-            raise NumericsError(f"{evidence.name}: the {what} hold NaN or infinity; expected finite values")
-    return weight
 
 
 def _finite_scores(scores: Tensor, evidence: Evidence) -> Tensor:

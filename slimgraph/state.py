@@ -23,7 +23,7 @@ from slimgraph.surgery import Refit
 from slimgraph.units import Units
 
 if TYPE_CHECKING:
-    from slimgraph.sweep import Weights
+    from slimgraph.execute import Weights
 
 __all__ = ["KEY", "Fit", "Importance", "State", "attach", "state_of", "structure_of"]
 

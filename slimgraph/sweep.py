@@ -1,47 +1,29 @@
-"""The sweep: run a traced graph node by node, stop at sites, decide there, and go on with the decision.
+"""The sweep: meet the sites in graph order, decide at each, and go on with the decision.
 
-Calibration tokens go through in micro-batches, segment by segment: all micro-batches up to a site, then the site with
-the statistics of all of them, then on. Weights are fetched when a node first needs them and dropped after its last use;
-values are freed at their last use. Everything runs in the dtype of the graph's weights; statistics are float64.
+At a site everything needed to prune it is at hand: its weight, and its input for all calibration tokens as the sites
+before it, already pruned, produce it. Removing units there only drops columns of that input, so the recovered output
+follows at once, and the whole model is scored, pruned and refitted for about the price of one forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from slimgraph.errors import CalibrationError, NumericsError
-from slimgraph.evidence import Evidence, Source
+from slimgraph.errors import CalibrationError, GraphError, NumericsError
+from slimgraph.evidence import Combine, Evidence, Source, alone, precision_for
+from slimgraph.execute import Observer, Parking, Stop, Weights, run
 from slimgraph.groups import Site, Structure
-from slimgraph.moments import Moments, Norms
-from slimgraph.progress import SILENT, Progress
+from slimgraph.moments import Norms
+from slimgraph.progress import Progress
 from slimgraph.surgery import Refit
-from slimgraph.trace import call, tensor_at
+from slimgraph.trace import tensor_at
 from slimgraph.units import Units, origin_units
 
-__all__ = ["Decision", "Observer", "Weights", "layer_similarity", "run", "sweep"]
-
-Weights = Callable[[str], Tensor]
-"""Fetches a parameter or buffer by name."""
-
-
-@dataclass(frozen=True)
-class Observer:
-    """Something that looks at values as they come by.
-
-    Attributes:
-        at: node after which it is called, once per micro-batch.
-        needs: nodes whose values it is given; they are kept alive until then.
-        call: what is called.
-    """
-
-    at: str
-    needs: tuple[str, ...]
-    call: Callable[..., None]
+__all__ = ["Decision", "layer_similarity", "sweep"]
 
 
 @dataclass(frozen=True)
@@ -53,128 +35,52 @@ class Decision:
     refit: Refit
 
 
-_Stop = Callable[[Sequence[Tensor]], Callable[[Tensor], Tensor] | None]
-
-
-def run(
-    graph_module: fx.GraphModule,
-    batches: Sequence[Tensor],
-    *,
-    weights: Weights | None = None,
-    observers: Sequence[Observer] = (),
-    stops: Mapping[str, tuple[str, _Stop]] | None = None,
-    progress: Progress | None = None,
-    stage: str = "forward",
-) -> None:
-    """Run a graph over micro-batches up to the last node that anybody looks at.
-
-    Args:
-        graph_module: a traced graph.
-        batches: micro-batches of token ids, (samples, tokens) int64 each.
-        weights: fetches parameters; the graph module's own by default.
-        observers: called as values come by.
-        stops: node name -> (name of its input node, function). The function sees that input for all micro-batches at
-            once and may return a replacement for the node: a function from input to output.
-        progress: shows nodes as they are done.
-        stage: what to call this in the progress.
-    """
-    stops = stops or {}
-    fetch = weights or (lambda name: tensor_at(graph_module, name))
-    watching: dict[str, list[Observer]] = {}
-    for o in observers:
-        watching.setdefault(o.at, []).append(o)
-    nodes = _needed(graph_module, {*stops, *watching})
-    dying = _last_uses(nodes, {o.at: o.needs for o in observers})
-    by_name = {n.name: n for n in nodes}
-    shared: dict[fx.Node, Any] = {}
-    values: list[dict[fx.Node, Any]] = [{} for _ in batches]
-
-    def step(node: fx.Node, replacement: Callable[[Tensor], Tensor] | None = None, reads: str = "") -> None:
-        for mine, ids in zip(values, batches, strict=True):
-            if node.op == "placeholder":
-                mine[node] = ids
-            elif replacement is not None:
-                mine[node] = replacement(mine[by_name[reads]])
-            else:
-                mine[node] = call(node, _lookup(shared, mine))
-            for o in watching.get(node.name, ()):
-                o.call(*map(_lookup(shared, mine), (by_name[name] for name in o.needs)))
-
-    with torch.no_grad(), (progress or SILENT)(stage, total=len(nodes)) as tick:
-        for node in nodes:
-            if node.op == "get_attr":
-                shared[node] = fetch(str(node.target))
-            elif node.name in stops:
-                reads, decide = stops[node.name]
-                step(node, decide([mine[by_name[reads]] for mine in values]), reads)
-            else:
-                step(node)
-            for dead in dying.get(node, ()):
-                shared.pop(dead, None)
-                for mine in values:
-                    mine.pop(dead, None)
-            tick()
-
-
-def _lookup(shared: dict[fx.Node, Any], mine: dict[fx.Node, Any]) -> Callable[[fx.Node], Any]:
-    return lambda node: shared[node] if node in shared else mine[node]
-
-
-def _needed(graph_module: fx.GraphModule, looked_at: set[str]) -> list[fx.Node]:
-    """Nodes that the looked-at ones depend on, in graph order."""
-    everything = [n for n in graph_module.graph.nodes if n.op != "output"]
-    needed: set[fx.Node] = set()
-    for node in reversed(everything):
-        if node.name in looked_at or node in needed:
-            needed.add(node)
-            needed.update(node.all_input_nodes)
-    return [n for n in everything if n in needed]
-
-
-def _last_uses(nodes: Sequence[fx.Node], held: Mapping[str, tuple[str, ...]]) -> dict[fx.Node, list[fx.Node]]:
-    by_name = {n.name: n for n in nodes}
-    last: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        uses = [*node.all_input_nodes, *(by_name[h] for h in held.get(node.name, ()))]
-        for used in [node, *uses]:
-            last[used] = node
-    dying: dict[fx.Node, list[fx.Node]] = {}
-    for used, node in last.items():
-        dying.setdefault(node, []).append(used)
-    return dying
-
-
 def layer_similarity(
     structure: Structure,
     batches: Sequence[Tensor],
     *,
     weights: Weights | None = None,
+    combine: Combine = alone,
     progress: Progress | None = None,
 ) -> list[float]:
     """Mean over tokens of the cosine similarity between each layer's input and output (SlimLLM, section 3.5).
 
     Computed in float32 on the dense model.
 
+    Args:
+        structure: groups and layers.
+        batches: micro-batches of calibration tokens, (samples, tokens) int64 each.
+        weights: fetches parameters; the graph module's own by default.
+        combine: sums over processes.
+        progress: shows how far it got.
+
     Raises:
         CalibrationError: a layer's input or output cannot be told from the graph.
     """
-    sums = [0.0] * len(structure.layers)
-    counts = [0] * len(structure.layers)
+    sums = torch.zeros(2, len(structure.layers), dtype=torch.float64)
 
     def watch(layer: int) -> Callable[[Tensor, Tensor], None]:
         def look(before: Tensor, after: Tensor) -> None:
             cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
-            sums[layer] += float(cosine.double().sum())
-            counts[layer] += cosine.numel()
+            sums[0, layer] += float(cosine.double().sum())
+            sums[1, layer] += cosine.numel()
 
         return look
 
-    observers = [
-        Observer(after, (before, after), watch(layer)) for layer, (before, after) in enumerate(structure.boundaries())
-    ]
-    graph_module = structure.analysis.graph_module
-    run(graph_module, batches, weights=weights, observers=observers, progress=progress, stage="dense forward")
-    return [s / c for s, c in zip(sums, counts, strict=True)]
+    boundaries = structure.boundaries()
+    observers = [Observer(after, (before, after), watch(layer)) for layer, (before, after) in enumerate(boundaries)]
+    run(
+        structure.analysis.graph_module,
+        batches,
+        weights=weights,
+        observers=observers,
+        cuts={after: _nothing for _, after in boundaries},
+        progress=progress,
+        stage="dense forward",
+    )
+    total, count = combine(sums)
+    similarity: list[float] = (total / count).tolist()
+    return similarity
 
 
 def sweep(
@@ -184,8 +90,11 @@ def sweep(
     decide: Callable[[Units, Evidence], Decision | None],
     *,
     weights: Weights | None = None,
+    combine: Combine = alone,
     progress: Progress | None = None,
     after: Callable[[Site, Decision | None], None] | None = None,
+    layer_done: Callable[[int, Parking], None] | None = None,
+    start: tuple[int, Parking] | None = None,
 ) -> dict[str, Decision]:
     """Visit sites in graph order, each with the activations that the already pruned sites before it produce.
 
@@ -195,8 +104,12 @@ def sweep(
         units: the sites to visit.
         decide: called at each site with its evidence; None leaves the site as it is.
         weights: fetches parameters; the graph module's own by default.
+        combine: sums over processes.
         progress: shows how far it got.
         after: called when a site is done.
+        layer_done: called with a layer's index and all parked values once every micro-batch is past that layer, for
+            layers whose output the graph shows, up to the last site.
+        start: layer after which to go on, and what was parked there.
 
     Returns:
         Site name -> decision, for the sites that were cut.
@@ -215,9 +128,9 @@ def sweep(
         for o, site in {o.node: (o, u.site.name) for u in units for o in u.site.origins}.values()
     ]
 
-    def stop_at(u: Units) -> _Stop:
+    def stop_at(u: Units) -> Callable[[Sequence[Tensor]], Callable[[Tensor], Tensor] | None]:
         def stop(inputs: Sequence[Tensor]) -> Callable[[Tensor], Tensor] | None:
-            decision = decide(u, _evidence(structure, u, inputs, norms, fetch))
+            decision = decide(u, _evidence(structure, u, inputs, norms, fetch, combine))
             if after is not None:
                 after(u.site, decision)
             if decision is None:
@@ -227,17 +140,37 @@ def sweep(
 
         return stop
 
-    stops = {u.site.node: (u.site.reads, stop_at(u)) for u in units}
+    ends = _layer_ends(structure, units)
     run(
         structure.analysis.graph_module,
         batches,
         weights=weights,
         observers=observers,
-        stops=stops,
+        stops={u.site.node: Stop(u.site.reads, stop_at(u)) for u in units},
+        cuts={node: _calling(layer_done, layer) for layer, node in ends.items()},
+        start=None if start is None else (ends[start[0]], start[1]),
         progress=progress,
         stage="sweep",
     )
     return decisions
+
+
+def _nothing(parking: Parking) -> None:
+    """A cut at which weights are dropped and nobody looks."""
+
+
+def _calling(layer_done: Callable[[int, Parking], None] | None, layer: int) -> Callable[[Parking], None]:
+    return _nothing if layer_done is None else lambda parking: layer_done(layer, parking)
+
+
+def _layer_ends(structure: Structure, units: Sequence[Units]) -> Mapping[int, str]:
+    """Layer -> the node that leaves it, up to the last layer with a site; nothing where the graph shows no layers."""
+    last = max((u.site.layer for u in units if u.site.layer is not None), default=-1)
+    try:
+        boundaries = structure.boundaries()
+    except GraphError:
+        return {}
+    return {layer: after for layer, (_, after) in enumerate(boundaries[: last + 1])}
 
 
 def _accumulate(norms: dict[str, Norms], reads: str, node: str, site: str) -> Callable[[Tensor], None]:
@@ -255,35 +188,35 @@ def _accumulate(norms: dict[str, Norms], reads: str, node: str, site: str) -> Ca
 
 
 def _evidence(
-    structure: Structure, units: Units, inputs: Sequence[Tensor], norms: dict[str, Norms], fetch: Weights
+    structure: Structure,
+    units: Units,
+    inputs: Sequence[Tensor],
+    norms: Mapping[str, Norms],
+    fetch: Callable[[str], Tensor],
+    combine: Combine,
 ) -> Evidence:
     site = units.site
-    moments = Moments.empty(site.channels, device=inputs[0].device)
-    try:
-        for x in inputs:
-            moments.update(x)
-    except NumericsError as error:
-        raise NumericsError(f"site {site.name} (input {site.reads}): {error}") from error
     device = inputs[0].device
     sources = tuple(
         Source(
             weight=_oriented(fetch(o.parameter), o.in_dim).to(device),
             units=origin_units(structure, units, o).to(device),
-            input_norms=norms[o.node].norms,
+            input_norms=combine(norms[o.node].squares.clone()).sqrt(),
         )
         for o in site.origins
         if o.node in norms
     )
-    bias = fetch(site.bias) if site.bias else None
     return Evidence(
         weight=_oriented(fetch(site.parameter), site.in_dim),
-        bias=bias,
-        moments=moments,
+        bias=fetch(site.bias) if site.bias else None,
+        inputs=inputs,
         units=units.members.to(device),
         blocks=units.blocks.to(device),
         sources=sources,
         kind=site.kind,
         name=site.name,
+        precision=precision_for(inputs[0].dtype),
+        combine=combine,
     )
 
 

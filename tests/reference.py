@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slimgraph.evidence import Evidence, Source
-from slimgraph.moments import Moments, Norms
+from slimgraph.moments import Norms
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RawSite:
         return Evidence(
             weight=self.weight,
             bias=self.bias,
-            moments=Moments.of(self.x),
+            inputs=[self.x],
             units=self.units,
             blocks=self.blocks,
             sources=tuple(Source(s.weight, s.units, Norms.of(s.x).norms) for s in self.sources),

@@ -17,7 +17,6 @@ from labelled import Bench, Kept, aten, conditional_plan, free_groups, random_pl
 from slimgraph.errors import PlanError
 from slimgraph.evidence import Evidence
 from slimgraph.groups import Structure, infer
-from slimgraph.moments import Moments
 from slimgraph.plan import Cut, Plan, resolve
 from slimgraph.trace import tensor_at
 from slimgraph.units import HEAD_MODES, origin_units, parameter_count, units_of
@@ -329,7 +328,7 @@ def test_the_plan_of_chosen_units_keeps_their_channels(family: str, changes: dic
 
 def channels_kept(members: torch.Tensor, blocks: torch.Tensor, kept: list[int]) -> list[int]:
     channels = len(members)
-    evidence = Evidence(torch.zeros(1, channels), None, Moments.empty(channels), members, blocks, (), "heads", "")
+    evidence = Evidence(torch.zeros(1, channels), None, [], members, blocks, (), "heads", "")
     return evidence.kept_channels(torch.tensor(kept)).tolist()
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from slimgraph import recover
 from slimgraph.errors import CalibrationError, NumericsError
-from slimgraph.moments import Moments
 
 fast = settings(max_examples=25, deadline=None)
 
@@ -166,7 +165,7 @@ def test_results_share_no_memory_with_the_evidence() -> None:
 
 @pytest.mark.parametrize("function", [recover.bias_only, recover.regression])
 def test_fits_need_tokens(function) -> None:
-    evidence = dataclasses.replace(random_site(0).evidence(), moments=Moments.empty(12))
+    evidence = dataclasses.replace(random_site(0).evidence(), inputs=[])
     with pytest.raises(CalibrationError, match="no tokens"):
         function(evidence, torch.arange(3))
 
@@ -179,8 +178,9 @@ def test_bad_weights_are_refused_by_name(function) -> None:
         function(site.evidence("layers.7"), torch.arange(3))
 
 
-def test_bad_statistics_are_refused_by_name() -> None:
-    evidence = random_site(0).evidence("layers.7")
-    evidence.moments.scatter[0, 0] = float("nan")
+@pytest.mark.parametrize("function", [recover.bias_only, recover.regression])
+def test_bad_activations_are_refused_by_name(function) -> None:
+    site = random_site(0)
+    site.x[3, 0] = float("nan")
     with pytest.raises(NumericsError, match=r"layers\.7"):
-        recover.regression(evidence, torch.arange(3))
+        function(site.evidence("layers.7"), torch.arange(3))

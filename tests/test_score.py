@@ -157,12 +157,9 @@ def test_equal_units_are_not_swapped_for_rounding() -> None:
 
 
 def test_eigenvalues_rounded_below_zero_count_as_zero() -> None:
-    evidence = random_site(0, blocks=1, block_size=2, width=1, out=2, sources=0).evidence()
-    weight = torch.eye(2, dtype=torch.float64)[:, evidence.units]
-    scatter = torch.diag(torch.tensor([1.0, -1e-3], dtype=torch.float64))[evidence.units][:, evidence.units]
-    moments = Moments(4, torch.zeros(2, dtype=torch.float64), scatter)
-    scores = score.feature_space(dataclasses.replace(evidence, weight=weight, moments=moments), activations=False)
-    close(scores, torch.tensor([2.0, 0.0], dtype=torch.float64).sigmoid())
+    scatter = torch.diag(torch.tensor([1.0, -1e-3], dtype=torch.float64))
+    form = score._importance_form(Moments(4, torch.zeros(2, dtype=torch.float64), scatter), torch.float64)
+    close(form.diagonal(), torch.tensor([2.0, 0.0], dtype=torch.float64).sigmoid().square() - 0.25)
 
 
 def test_constant_output_has_no_directions() -> None:
@@ -180,7 +177,7 @@ def test_a_bias_changes_no_score() -> None:
 
 @pytest.mark.parametrize("name", ["pearson_similarity", "feature_space", "wanda"])
 def test_scores_need_tokens(name: str) -> None:
-    evidence = dataclasses.replace(random_site(0).evidence(), moments=Moments.empty(12))
+    evidence = dataclasses.replace(random_site(0).evidence(), inputs=[])
     with pytest.raises(CalibrationError, match="no tokens"):
         SCORES[name](evidence)
 
@@ -203,12 +200,28 @@ def test_bad_sources_are_refused_by_name(name: str) -> None:
         SCORES[name](site.evidence("layers.7"))
 
 
-def test_bad_statistics_are_refused_by_name() -> None:
-    evidence = random_site(0).evidence("layers.7")
-    evidence.moments.scatter[0, 1] = float("nan")
-    for function in (score.pearson_similarity, score.feature_space):
-        with pytest.raises(NumericsError, match=r"layers\.7"):
-            function(evidence)
+@pytest.mark.parametrize("name", ["pearson_similarity", "feature_space", "wanda"])
+def test_bad_activations_are_refused_by_name(name: str) -> None:
+    site = random_site(0)
+    site.x[5, 1] = float("nan")
+    with pytest.raises(NumericsError, match=r"layers\.7"):
+        SCORES[name](site.evidence("layers.7"))
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_float32_precision_is_close_to_float64(name: str) -> None:
+    site = random_site(2, tokens=200, out=16, blocks=2, block_size=6, width=4)
+    short = dataclasses.replace(site.evidence(), precision=torch.float32)
+    torch.testing.assert_close(SCORES[name](short), SCORES[name](site.evidence()), rtol=2e-6, atol=2e-6)
+    assert score.pearson_select(short, 3).equal(score.pearson_select(site.evidence(), 3))
+
+
+@pytest.mark.parametrize("sizes", [[1] * 60, [59, 1], [20, 0, 40]])
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_do_not_depend_on_the_batches(name: str, sizes: list[int]) -> None:
+    site = random_site(4)
+    parts = dataclasses.replace(site.evidence(), inputs=site.x.split(sizes))
+    close(SCORES[name](parts), SCORES[name](site.evidence()))
 
 
 # --- options and baselines -------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from slimgraph.errors import CalibrationError, NumericsError
 from slimgraph.evidence import Evidence
+from slimgraph.execute import Observer, run
 from slimgraph.groups import Site, Structure, infer
 from slimgraph.moments import Moments, Norms
 from slimgraph.passes import CosineAllocation, FeatureSpace, Pearson, Regression, Sweep, Verify
@@ -27,7 +28,7 @@ from slimgraph.plan import Plan, resolve
 from slimgraph.recipe import Recipe
 from slimgraph.state import State, attach
 from slimgraph.surgery import Refit, prune_graph
-from slimgraph.sweep import Decision, Observer, layer_similarity, run, sweep
+from slimgraph.sweep import Decision, layer_similarity, sweep
 from slimgraph.trace import tensor_at, trace
 from slimgraph.units import Units, units_of
 
@@ -77,6 +78,7 @@ class Recorder:
     def decide(self, units: Units, evidence: Evidence) -> Decision | None:
         site = units.site
         self.evidence[site.name] = evidence
+        _ = evidence.moments  # while the activations are there
         origins = [inputs_of(self.pruned, owner_of(o.parameter)) for o in site.origins]
         self.expected[site.name] = (inputs_of(self.pruned, owner_of(site.parameter)), origins)
         if self.skip(site):
@@ -213,11 +215,16 @@ def test_the_size_of_micro_batches_changes_nothing(sizes: list[int]) -> None:
 def test_weights_are_fetched_by_name_once_they_are_needed_and_dropped_after() -> None:
     made = decoder()
     alive: dict[str, list[weakref.ref[Tensor]]] = {}
+    expected: list[str] = []
 
-    def fetch(name: str) -> Tensor:
-        tensor = tensor_at(made.graph, name).detach().clone()
-        alive.setdefault(name, []).append(weakref.ref(tensor))
-        return tensor
+    class Fetching:
+        def __call__(self, name: str) -> Tensor:
+            tensor = tensor_at(made.graph, name).detach().clone()
+            alive.setdefault(name, []).append(weakref.ref(tensor))
+            return tensor
+
+        def expect(self, names: Sequence[str]) -> None:
+            expected.extend(names)
 
     checked = []
 
@@ -230,8 +237,9 @@ def test_weights_are_fetched_by_name_once_they_are_needed_and_dropped_after() ->
             checked.append(not any(n.startswith("model.layers.1.") for n in alive))
         close(evidence.moments.mean, inputs_of(made.model, owner_of(units.site.parameter)).mean(0))
 
-    sweep(made.structure, [IDS], all_units(made.structure), decide, weights=fetch)
+    sweep(made.structure, [IDS], all_units(made.structure), decide, weights=Fetching())
     assert checked == [True] * 4
+    assert alive.keys() <= set(expected)  # a store that reads ahead is told of everything
     assert not {"lm_head.weight", "model.norm.weight"} & alive.keys()
 
 
