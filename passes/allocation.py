@@ -105,10 +105,11 @@ class CosineAllocation(_Allocation):
     def weights(self, structure: Structure, state: State) -> Mapping[int, float]:
         if not state.batches:
             raise CalibrationError("cosine_allocation needs calibration tokens; found none in the state")
-        with state.watch("similarity"):
-            state.similarity = layer_similarity(
-                structure, state.batches, weights=state.weights, progress=state.progress
-            )
+        if state.similarity is None or state.plan.cuts:  # a run that goes on has it already, of the same dense model
+            with state.watch("similarity"):
+                state.similarity = layer_similarity(
+                    structure, state.batches, weights=state.weights, combine=state.combine, progress=state.progress
+                )
         _check_finite(structure, state.similarity)
         candidates = _cut_layers(structure, state)
         # 0 at the published setting for a fifth of the parameters, 1 at that for a half.

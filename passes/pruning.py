@@ -50,8 +50,24 @@ class Sweep(Pass):
                 return Decision(kept, channels, Refit(*fit(evidence, channels)))
 
         cut = [_current(u, structure) for u in state.units if budget.keep[u.site.name] < u.block_size]
+        sink = state.sink
+        earlier = {} if sink is None else sink.earlier
+        if sink is not None:
+            sink.measured(state.similarity)
         with state.watch("sweep"):
-            decisions = sweep(structure, state.batches, cut, decide, weights=state.weights, progress=state.progress)
+            decisions = {**earlier} | sweep(
+                structure,
+                state.batches,
+                [u for u in cut if u.site.name not in earlier],
+                decide,
+                weights=state.weights,
+                combine=state.combine,
+                watch=state.watch,
+                progress=state.progress,
+                remember=None if sink is None else sink.decided,
+                layer_done=None if sink is None else sink.layer_done,
+                start=None if sink is None else sink.start,
+            )
         plan = Plan({})
         for u in cut:
             plan = plan.merged(Plan(u.cut(decisions[u.site.name].units.cpu())))
@@ -87,7 +103,7 @@ def _cut(
     graph_module: fx.GraphModule, state: State, structure: Any, plan: Plan, refits: dict[str, Refit]
 ) -> fx.GraphModule:
     with state.watch("surgery"), torch.no_grad():
-        pruned = prune_graph(resolve(structure, plan), refits)
+        pruned = prune_graph(resolve(structure, plan), refits, stand_in=state.sink.stand_in if state.sink else None)
     state.plan = state.plan.merged(plan)
     state.refits.update(refits)
     pruned.meta.update({**graph_module.meta, KEY: state})

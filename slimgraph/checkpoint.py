@@ -25,7 +25,15 @@ from slimgraph.errors import CheckpointError
 from slimgraph.manifest import Manifest
 from slimgraph.weightfiles import check_stored, stored_tensors, weight_files
 
-__all__ = ["check_target", "load", "load_manifest", "save"]
+__all__ = [
+    "check_target",
+    "check_written",
+    "load",
+    "load_manifest",
+    "publish",
+    "save",
+    "write_description",
+]
 
 _CONFIG = "config.json"
 _PARTIAL = ".slimgraph-partial-"  # being written
@@ -66,13 +74,52 @@ def save(
         with _partial(target) as partial:
             _write(model, partial, tokenizer)
             check_stored(stored_tensors(weight_files(partial)), manifest.stored_shapes(), hf.tied_names(model))
-            _publish(partial, target)
+            publish(partial, target)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{target} could not be written ({_in_short(error)}); what was there before is untouched: "
             "mend the cause or choose another directory"
         ) from error
     return Path(directory)
+
+
+def write_description(model: nn.Module, manifest: Manifest, directory: Path, *, tokenizer: Any = None) -> None:
+    """Write everything of a checkpoint but its weights into a folder.
+
+    Args:
+        model: a pruned transformers model; its values do not matter. It is marked as pruned.
+        manifest: in what it differs from its class; checked.
+        directory: an existing folder.
+        tokenizer: saved as well if given.
+
+    Raises:
+        CheckpointError: the model is not one that can be saved.
+    """
+    _check_model(model)
+    hf.verify(model, manifest)
+    hf.attach(model, manifest)
+    with _partial(directory / _CONFIG) as own:  # it clears weight files that are not its own from where it saves
+        quantizer: Any = model.hf_quantizer
+        quantizer.stores_weights = False
+        try:
+            model.save_pretrained(own)  # type: ignore[operator]
+        finally:
+            quantizer.stores_weights = True
+        for file in own.iterdir():
+            if file.suffix != ".safetensors":
+                file.replace(directory / file.name)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
+def check_written(directory: Path, model: nn.Module, manifest: Manifest) -> None:
+    """Check that the weight files of a folder hold every tensor of a pruned model, in its shape.
+
+    Raises:
+        CheckpointError: names the tensor that is missing or has another shape.
+    """
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_stored(stored_tensors(weight_files(directory)), {**shapes, **manifest.stored_shapes()}, hf.tied_names(model))
 
 
 def load(
@@ -241,8 +288,8 @@ def _write(model: nn.Module, directory: Path, tokenizer: Any) -> None:
         tokenizer.save_pretrained(directory)
 
 
-def _publish(partial: Path, target: Path) -> None:
-    """Put the finished checkpoint in its place, and the old one back if that fails."""
+def publish(partial: Path, target: Path) -> None:
+    """Put a finished checkpoint in its place by renaming its folder, and the old one back if that fails."""
     if not target.exists():
         partial.rename(target)
         return

@@ -11,7 +11,7 @@ Sums over tokens add up over processes: `combine` does that, and every process t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from slimgraph.errors import CalibrationError, NumericsError
 from slimgraph.moments import Moments, as_rows
+from slimgraph.progress import Stopwatch
 
 __all__ = ["Combine", "Evidence", "Paired", "Source", "alone", "column_slices", "precision_for", "zero_share"]
 
@@ -102,6 +103,7 @@ class Evidence:
         precision: float64 or float32, what scores and fits compute in; see `precision_for`. Sums over tokens are
             float64 in any case.
         combine: sums over processes.
+        watch: collects the seconds that statistics take.
     """
 
     weight: Tensor
@@ -114,6 +116,7 @@ class Evidence:
     name: str
     precision: torch.dtype = torch.float64
     combine: Combine = alone
+    watch: Stopwatch = field(default_factory=Stopwatch, repr=False)
 
     def kept_channels(self, kept: Tensor) -> Tensor:
         """Channels that stay when only `kept` units stay.
@@ -211,12 +214,13 @@ class Evidence:
         # Near the means; what rounding of the products leaves is put right at the end.
         mean, sliced_mean = self.projected_mean(), self.projected_mean(channels)
         sums = torch.zeros(4, len(weight), dtype=torch.float64, device=self.device)
-        for x in self.inputs:
-            whole = as_rows(_product(x, weight), len(weight))
-            part = as_rows(_product(x.index_select(-1, channels), sliced), len(weight))
-            whole, part = whole - mean.to(whole.dtype), part - sliced_mean.to(part.dtype)
-            products = (whole, part, whole * part, part * part)
-            sums += torch.stack([p.sum(0).double() for p in products])
+        with self.watch("statistics"):
+            for x in self.inputs:
+                whole = as_rows(_product(x, weight), len(weight))
+                part = as_rows(_product(x.index_select(-1, channels), sliced), len(weight))
+                whole, part = whole - mean.to(whole.dtype), part - sliced_mean.to(part.dtype)
+                products = (whole, part, whole * part, part * part)
+                sums += torch.stack([p.sum(0).double() for p in products])
         rest, sliced_rest, products_sum, squares = self.combine(sums)
         return Paired(
             mean=mean + rest / self.count,
@@ -252,9 +256,10 @@ class Evidence:
     def _sums(self) -> _Sums:
         channels = self.weight.shape[1]
         sums = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=self.device)
-        for x in self._rows():
-            tokens = torch.tensor([len(x)], dtype=torch.float64, device=self.device)
-            sums += torch.cat([tokens, x.sum(0, dtype=torch.float64), x.square().sum(0, dtype=torch.float64)])
+        with self.watch("statistics"):
+            for x in self._rows():
+                tokens = torch.tensor([len(x)], dtype=torch.float64, device=self.device)
+                sums += torch.cat([tokens, x.sum(0, dtype=torch.float64), x.square().sum(0, dtype=torch.float64)])
         sums = self.combine(sums)
         count = int(sums[0])
         if not count:
@@ -275,12 +280,13 @@ class Evidence:
     def _combined(self, batches: Iterable[Tensor], features: int) -> Moments:
         """Moments over the batches of all processes."""
         own = Moments.empty(features, device=self.device)
-        for x in batches:
-            try:
-                own.update(x)
-            except NumericsError as error:
-                raise NumericsError(f"{self.name}: {error}") from error
-        moments = own.combined(self.combine)
+        with self.watch("statistics"):
+            for x in batches:
+                try:
+                    own.update(x)
+                except NumericsError as error:
+                    raise NumericsError(f"{self.name}: {error}") from error
+            moments = own if self.combine is alone else own.combined(self.combine)
         if not moments.count:
             raise CalibrationError(f"{self.name}: statistics of no tokens; calibrate with at least one")
         return moments

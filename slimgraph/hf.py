@@ -68,6 +68,12 @@ class SlimgraphQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
 
     # There is no pruning on the fly: only checkpoints that were saved pruned can be loaded with this method.
     requires_calibration = True
+    # Whether `save_pretrained` writes weights too; not where they are written block by block.
+    stores_weights = True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        """The weights to save: the model's own, or none."""
+        return (None if self.stores_weights else {}), {}
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any

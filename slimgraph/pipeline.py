@@ -25,8 +25,10 @@ from slimgraph.state import State, attach, state_of
 from slimgraph.text import Tokenizer, calibration_tokens, is_source
 from slimgraph.trace import trace
 
-__all__ = ["Calibration", "Result", "prune", "run_passes"]
+__all__ = ["Calibration", "Result", "micro_batches", "prune", "read_calibration", "run_passes"]
 
+
+_TOKENS = 4096  # of a micro-batch: enough for full speed, few enough for small machines
 
 Calibration: TypeAlias = Tensor | Sequence[Sequence[int]] | Sequence[str] | str | Path
 """Token ids, texts, or where a text lies."""
@@ -63,7 +65,8 @@ class Result:
     @property
     def parameters_after(self) -> int:
         """Parameters of the pruned model."""
-        return sum(p.numel() for p in (self.model or self.graph).parameters())
+        pruned = self._pruned.module if self._pruned is not None else self.graph
+        return sum(p.numel() for p in pruned.parameters())
 
     @property
     def difference(self) -> float | None:
@@ -107,7 +110,7 @@ def prune(
     recovery: str | None = None,
     heads: str = "auto",
     round_to: int = 8,
-    batch: int = 8,
+    batch: int | None = None,
     seed: int = 0,
     notes: dict[str, Any] | None = None,
     progress: Progress | None = None,
@@ -127,7 +130,7 @@ def prune(
         recovery: "regression", "bias_only" or "no_recovery" instead of the method's own; see `slimgraph.recipe.method`.
         heads: "kv", "balanced" or "auto": what goes under grouped-query attention.
         round_to: kept channels are a multiple of this.
-        batch: samples that go through the model at once.
+        batch: samples that go through the model at once; as many as have 4 096 tokens by default.
         seed: of the drawn windows and of random scores.
         notes: kept in the result's recipe, beside the calibration settings.
         progress: shows what is going on; quiet by default.
@@ -149,7 +152,7 @@ def prune(
         else method(recipe, ratio, recovery=recovery, heads=heads, round_to=round_to, seed=seed)
     )
     watch = watch or Stopwatch()
-    ids, settings = _calibration(calibration, tokenizer, samples, seq_len, seed)
+    ids, settings = read_calibration(calibration, tokenizer, samples, seq_len, seed)
     check_tokens(model, ids)
     check_finite(model)
     first = next(model.parameters())
@@ -160,7 +163,7 @@ def prune(
     with watch("analyse"):
         structure = infer(dense)
     state = State(
-        batches=[b.to(device) for b in torch.split(ids, _batch_size(dense, batch))],
+        batches=micro_batches(dense, ids, batch, device),
         sizes={name: p.numel() for name, p in model.named_parameters()},
         watch=watch,
         progress=progress or SILENT,
@@ -204,10 +207,10 @@ def run_passes(
     return graph_module
 
 
-def _calibration(
+def read_calibration(
     calibration: Calibration, tokenizer: Tokenizer | None, samples: int, seq_len: int, seed: int
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Token ids, and for the record where they are from."""
+    """Token ids (samples, tokens), and for the record where they are from; see `prune` for the arguments."""
     if isinstance(calibration, (str, Path)) or _are_texts(calibration):
         if tokenizer is None:
             raise CalibrationError("calibration is a text and there is no tokenizer; give tokenizer=, or token ids")
@@ -231,10 +234,19 @@ def _are_texts(calibration: object) -> bool:
     return isinstance(calibration, (list, tuple)) and len(calibration) > 0 and isinstance(calibration[0], str)
 
 
-def _batch_size(graph_module: fx.GraphModule, wanted: int) -> int:
-    (ids,) = graph_module.graph.find_nodes(op="placeholder")
-    fixed = ids.meta["val"].shape[0]
-    return fixed if isinstance(fixed, int) else wanted
+def micro_batches(graph_module: fx.GraphModule, ids: Tensor, batch: int | None, device: torch.device) -> list[Tensor]:
+    """Calibration samples as they go through the graph together, (samples, tokens) int64 each.
+
+    Args:
+        graph_module: a traced graph; one that works for a single batch size gets that.
+        ids: (samples, tokens).
+        batch: samples at once; as many as have 4 096 tokens by default.
+        device: where to.
+    """
+    (inputs,) = graph_module.graph.find_nodes(op="placeholder")
+    fixed = inputs.meta["val"].shape[0]
+    wanted = batch if batch is not None else max(1, _TOKENS // ids.shape[1])
+    return [b.to(device) for b in torch.split(ids, fixed if isinstance(fixed, int) else wanted)]
 
 
 def _prune_module(

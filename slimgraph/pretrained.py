@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from slimgraph import hub
 from slimgraph.errors import CalibrationError, ModelError, NumericsError
 from slimgraph.progress import SILENT, Progress
+from slimgraph.standins import StandIns
 
-__all__ = ["cache_dir", "check_finite", "check_tokens", "demo_model", "load_model", "load_tokenizer"]
+__all__ = ["cache_dir", "check_finite", "check_tokens", "demo_model", "load_model", "load_skeleton", "load_tokenizer"]
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # one slash at most: any other is a path
 
@@ -75,6 +76,50 @@ def load_model(
     model, report = loaded
     _check_complete(name, model, report)
     return model.to(device).eval()
+
+
+def load_skeleton(
+    directory: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, StandIns]:
+    """A model with stand-ins for its weights, and its real buffers; pruned checkpoints have their own shapes.
+
+    Args:
+        directory: of a checkpoint; its weight files are not read.
+        dtype: of the weights.
+        device: where they would go.
+        trust_remote_code: let the checkpoint bring its own modeling code.
+
+    Returns:
+        The model in evaluation mode, and what makes more stand-ins like its parameters.
+
+    Raises:
+        ModelError: there is no such directory, or it holds no causal language model.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    from slimgraph import hf
+
+    if not Path(directory).expanduser().is_dir():
+        raise ModelError(f"{directory} is no directory; weights are streamed from the files of a checkpoint on disk")
+    name = _located(directory)
+    with _quietly(), _one_line("model", name) as options:
+        config = _causal_config(name, trust_remote_code, options)
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+        if _quantization(config) == hf.METHOD:
+            hf.apply(model, hf.SlimgraphConfig(**config.quantization_config).manifest)
+        tie: Any = getattr(model, "tie_weights", None)
+        if tie is not None:  # each parameter became an empty one of its own
+            tie()
+    stand_ins = StandIns.fill(model, dtype, device)
+    return model.to(device).eval(), stand_ins
 
 
 def load_tokenizer(name_or_dir: str | Path, *, trust_remote_code: bool = False) -> Any:

@@ -108,6 +108,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self._own: dict[str, float] = {}
         self._open: list[str] = []
         self._outer: dict[str, str] = {}
 
@@ -125,11 +126,18 @@ class Stopwatch:
             seconds = time.perf_counter() - start
             self._open.pop()
             self._seconds[stage] += seconds
+            self._own[stage] = self._own.get(stage, 0.0) + seconds
+            if self._open:
+                self._own[self._open[-1]] = self._own.get(self._open[-1], 0.0) - seconds
             _log.log(logging.DEBUG if self._open else logging.INFO, "%s: %.2f s", stage, seconds)
 
     def stages(self) -> dict[str, float]:
         """Seconds of each stage, in the order in which the stages began."""
         return dict(self._seconds)
+
+    def own(self) -> dict[str, float]:
+        """Seconds of each stage without those of the stages inside it; they add up to the whole."""
+        return dict(self._own)
 
     def outer(self) -> dict[str, str]:
         """For each stage that ran inside another one: which; its seconds are among that one's."""

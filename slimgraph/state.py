@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from slimgraph.budget import Budget
 from slimgraph.errors import PlanError
-from slimgraph.evidence import Evidence
+from slimgraph.evidence import Combine, Evidence, alone
 from slimgraph.groups import Structure, infer
 from slimgraph.plan import Plan
 from slimgraph.progress import SILENT, Progress, Stopwatch
@@ -23,9 +23,10 @@ from slimgraph.surgery import Refit
 from slimgraph.units import Units
 
 if TYPE_CHECKING:
-    from slimgraph.execute import Weights
+    from slimgraph.execute import Parking, Weights
+    from slimgraph.sweep import Decision
 
-__all__ = ["KEY", "Fit", "Importance", "State", "attach", "state_of", "structure_of"]
+__all__ = ["KEY", "Fit", "Importance", "Sink", "State", "attach", "state_of", "structure_of"]
 
 KEY = "slimgraph"
 
@@ -35,6 +36,36 @@ class Importance(Protocol):
 
     def select(self, evidence: Evidence, keep: int) -> Tensor:
         """Ascending int64 indices of the units that stay, `keep` of each block."""
+        ...
+
+
+class Sink(Protocol):
+    """Where a sweep's work goes as it is done, for models that are never in memory as a whole."""
+
+    @property
+    def earlier(self) -> Mapping[str, Decision]:
+        """Site name -> what was decided there before this run began."""
+        ...
+
+    @property
+    def start(self) -> tuple[int, Parking] | None:
+        """Layer after which the sweep goes on, and what was parked there; None for the beginning."""
+        ...
+
+    def measured(self, similarity: list[float] | None) -> None:
+        """Keep what was measured on the dense model, so that a run that goes on need not measure it again."""
+        ...
+
+    def decided(self, units: Units, decision: Decision) -> Decision:
+        """Take a decision; returns one in whose place the weights need no memory."""
+        ...
+
+    def layer_done(self, layer: int, parking: Parking) -> None:
+        """Every micro-batch is past the layer; what is parked can be gone on from."""
+        ...
+
+    def stand_in(self, shape: Sequence[int]) -> Tensor:
+        """A parameter of that shape that needs no memory of its own."""
         ...
 
 
@@ -59,6 +90,8 @@ class State:
         watch: seconds by stage.
         progress: shows what is going on.
         weights: fetches parameters by name; the graph module's own when None.
+        combine: sums statistics over processes.
+        sink: takes pruned layers as they are done; None keeps them in the graph module.
         history: recipe entries of the passes that ran.
     """
 
@@ -75,6 +108,8 @@ class State:
     watch: Stopwatch = field(default_factory=Stopwatch)
     progress: Progress = SILENT
     weights: Weights | None = None
+    combine: Combine = alone
+    sink: Sink | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
 

@@ -5,7 +5,7 @@ The input graph module is not changed. Tensors that lose nothing are shared with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +35,19 @@ class Refit:
     bias: Tensor | None
 
 
-def prune_graph(resolved: Resolved, refits: Mapping[str, Refit] | None = None) -> fx.GraphModule:
+def prune_graph(
+    resolved: Resolved,
+    refits: Mapping[str, Refit] | None = None,
+    *,
+    stand_in: Callable[[Sequence[int]], Tensor] | None = None,
+) -> fx.GraphModule:
     """The pruned graph.
 
     Args:
         resolved: the plan and the structure of the graph to prune.
         refits: site name -> new projection; sites that are not named keep their sliced weights.
+        stand_in: makes a tensor of a shape, to stand for each parameter that is cut: where the parameters have no
+            values that matter, and slicing them would need memory.
 
     Returns:
         A new graph module; shapes in its metadata are those after the cut.
@@ -56,7 +63,7 @@ def prune_graph(resolved: Resolved, refits: Mapping[str, Refit] | None = None) -
     graph.output(output)
     originals = {copy: node for node, copy in copies.items()}
     tensors = {
-        str(n.target): resolved.select(str(n.target), tensor_at(old, str(n.target)))
+        str(n.target): _selected(resolved, str(n.target), tensor_at(old, str(n.target)), stand_in)
         for n in old.graph.find_nodes(op="get_attr")
     }
     wrapped = {k: _like(tensor_at(old, k), t) for k, t in tensors.items()}
@@ -126,6 +133,14 @@ def refresh_shapes(graph_module: fx.GraphModule) -> None:
                     ) from error
             if node in values:
                 node.meta["val"] = values[node]
+
+
+def _selected(
+    resolved: Resolved, name: str, tensor: Tensor, stand_in: Callable[[Sequence[int]], Tensor] | None
+) -> Tensor:
+    if stand_in is None or not isinstance(tensor, nn.Parameter) or name not in resolved.selections:
+        return resolved.select(name, tensor)
+    return stand_in(resolved.shape(name))
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:

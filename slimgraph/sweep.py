@@ -16,9 +16,9 @@ from torch import Tensor
 from slimgraph.errors import CalibrationError, GraphError, NumericsError
 from slimgraph.evidence import Combine, Evidence, Source, alone, precision_for
 from slimgraph.execute import Observer, Parking, Stop, Weights, run
-from slimgraph.groups import Site, Structure
+from slimgraph.groups import Structure
 from slimgraph.moments import Norms
-from slimgraph.progress import Progress
+from slimgraph.progress import Progress, Stopwatch
 from slimgraph.surgery import Refit
 from slimgraph.trace import tensor_at
 from slimgraph.units import Units, origin_units
@@ -91,8 +91,9 @@ def sweep(
     *,
     weights: Weights | None = None,
     combine: Combine = alone,
+    watch: Stopwatch | None = None,
     progress: Progress | None = None,
-    after: Callable[[Site, Decision | None], None] | None = None,
+    remember: Callable[[Units, Decision], Decision] | None = None,
     layer_done: Callable[[int, Parking], None] | None = None,
     start: tuple[int, Parking] | None = None,
 ) -> dict[str, Decision]:
@@ -105,8 +106,9 @@ def sweep(
         decide: called at each site with its evidence; None leaves the site as it is.
         weights: fetches parameters; the graph module's own by default.
         combine: sums over processes.
+        watch: collects the seconds that statistics take.
         progress: shows how far it got.
-        after: called when a site is done.
+        remember: called when a site is cut; what it returns stands in the result in place of the decision.
         layer_done: called with a layer's index and all parked values once every micro-batch is past that layer, for
             layers whose output the graph shows, up to the last site.
         start: layer after which to go on, and what was parked there.
@@ -120,6 +122,8 @@ def sweep(
     """
     if not batches or not sum(b.numel() for b in batches):
         raise CalibrationError("no calibration tokens; expected at least one sequence")
+    if not units:
+        return {}
     fetch = weights or (lambda name: tensor_at(structure.analysis.graph_module, name))
     decisions: dict[str, Decision] = {}
     norms: dict[str, Norms] = {}
@@ -130,17 +134,17 @@ def sweep(
 
     def stop_at(u: Units) -> Callable[[Sequence[Tensor]], Callable[[Tensor], Tensor] | None]:
         def stop(inputs: Sequence[Tensor]) -> Callable[[Tensor], Tensor] | None:
-            decision = decide(u, _evidence(structure, u, inputs, norms, fetch, combine))
-            if after is not None:
-                after(u.site, decision)
+            decision = decide(u, _evidence(structure, u, inputs, norms, fetch, combine, watch or Stopwatch()))
             if decision is None:
                 return None
-            decisions[u.site.name] = decision
+            decisions[u.site.name] = decision if remember is None else remember(u, decision)
             return _projection(decision)
 
         return stop
 
     ends = _layer_ends(structure, units)
+    if start is not None:
+        _check_start(structure, units, ends[start[0]])
     run(
         structure.analysis.graph_module,
         batches,
@@ -173,6 +177,18 @@ def _layer_ends(structure: Structure, units: Sequence[Units]) -> Mapping[int, st
     return {layer: after for layer, (_, after) in enumerate(boundaries[: last + 1])}
 
 
+def _check_start(structure: Structure, units: Sequence[Units], after: str) -> None:
+    """What a site's statistics are taken from must lie after the place where the sweep goes on."""
+    order = {n.name: i for i, n in enumerate(structure.analysis.graph_module.graph.nodes)}
+    for u in units:
+        for node in [u.site.node, *(o.node for o in u.site.origins)]:
+            if order[node] <= order[after]:
+                raise CalibrationError(
+                    f"site {u.site.name}: {node} lies before {after}, where the sweep was to go on; start from the "
+                    "beginning"
+                )
+
+
 def _accumulate(norms: dict[str, Norms], reads: str, node: str, site: str) -> Callable[[Tensor], None]:
     def look(x: Tensor) -> None:
         if node not in norms:
@@ -194,6 +210,7 @@ def _evidence(
     norms: Mapping[str, Norms],
     fetch: Callable[[str], Tensor],
     combine: Combine,
+    watch: Stopwatch,
 ) -> Evidence:
     site = units.site
     device = inputs[0].device
@@ -217,6 +234,7 @@ def _evidence(
         name=site.name,
         precision=precision_for(inputs[0].dtype),
         combine=combine,
+        watch=watch,
     )
 
 

@@ -81,6 +81,7 @@ class Recorder:
         _ = evidence.moments  # while the activations are there
         origins = [inputs_of(self.pruned, owner_of(o.parameter)) for o in site.origins]
         self.expected[site.name] = (inputs_of(self.pruned, owner_of(site.parameter)), origins)
+        self.done.append((site.name, not self.skip(site)))
         if self.skip(site):
             return None
         generator = torch.Generator().manual_seed(self.seed + len(self.evidence))
@@ -95,9 +96,6 @@ class Recorder:
         bias = torch.randn(shape[0], dtype=torch.float64, generator=generator)
         refit_in_place(self.pruned, site, channels, weight, bias)
         return Decision(kept, channels, Refit(weight, bias))
-
-    def after(self, site: Site, decision: Decision | None) -> None:
-        self.done.append((site.name, decision is not None))
 
 
 def all_units(structure: Structure, heads: str = "auto") -> list[Units]:
@@ -127,7 +125,7 @@ def test_a_decision_sees_the_activations_of_the_pruned_model_before_it(
     made = decoder(family, **changes)
     recorder = Recorder(made.model)
     units = all_units(made.structure, heads)
-    sweep(made.structure, IDS.split(2), units, recorder.decide, after=recorder.after)
+    sweep(made.structure, IDS.split(2), units, recorder.decide)
     assert recorder.done == [(s.name, True) for s in made.structure.sites]
     dense = [inputs_of(made.model, owner_of(u.site.parameter)) for u in units]
     for u, before in zip(units, dense, strict=True):
@@ -179,7 +177,7 @@ def test_the_swept_model_is_the_pruned_graph(heads: str) -> None:
 def test_a_site_without_a_decision_stays_dense() -> None:
     made = decoder()
     recorder = Recorder(made.model, skip=lambda site: site.kind == "heads")
-    decisions = sweep(made.structure, [IDS], all_units(made.structure), recorder.decide, after=recorder.after)
+    decisions = sweep(made.structure, [IDS], all_units(made.structure), recorder.decide)
     assert decisions.keys() == {s.name for s in made.structure.sites if s.kind == "channels"}
     assert recorder.done == [(s.name, s.kind == "channels") for s in made.structure.sites]
     for name, (x, _) in recorder.expected.items():
