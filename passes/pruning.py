@@ -102,6 +102,11 @@ def _current(units: Units, structure: Structure) -> Units:
 def _cut(
     graph_module: fx.GraphModule, state: State, structure: Any, plan: Plan, refits: dict[str, Refit]
 ) -> fx.GraphModule:
+    if state.sink is not None and state.plan.cuts:
+        raise PlanError(
+            "a streamed model can be cut by one pass only: its weights are written as soon as they are cut. Leave the "
+            "other cutting passes out, or prune in memory"
+        )
     with state.watch("surgery"), torch.no_grad():
         pruned = prune_graph(resolve(structure, plan), refits, stand_in=state.sink.stand_in if state.sink else None)
     state.plan = state.plan.merged(plan)

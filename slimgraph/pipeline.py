@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from slimgraph import checkpoint, hf
+from slimgraph import checkpoint, distributed, hf
 from slimgraph.budget import Budget
 from slimgraph.errors import CalibrationError, ModelError, SlimgraphError
 from slimgraph.groups import Structure, infer
@@ -63,6 +63,11 @@ class Result:
     parameters_before: int
 
     @property
+    def name(self) -> str:
+        """Class of the model."""
+        return type(self._pruned.module if self._pruned is not None else self.graph).__name__
+
+    @property
     def parameters_after(self) -> int:
         """Parameters of the pruned model."""
         pruned = self._pruned.module if self._pruned is not None else self.graph
@@ -74,10 +79,7 @@ class Result:
         return None if self._pruned is None else self._pruned.difference
 
     def __repr__(self) -> str:
-        return (
-            f"Result({type(self.model or self.graph).__name__}: {self.parameters_before:,} -> "
-            f"{self.parameters_after:,} parameters)"
-        )
+        return f"Result({self.name}: {self.parameters_before:,} -> {self.parameters_after:,} parameters)"
 
     def manifest(self) -> Manifest:
         """What the checkpoint says about itself, against the class of the model even when that had been pruned before.
@@ -163,7 +165,8 @@ def prune(
     with watch("analyse"):
         structure = infer(dense)
     state = State(
-        batches=micro_batches(dense, ids, batch, device),
+        batches=micro_batches(dense, distributed.share(ids), batch, device),
+        combine=distributed.combine,
         sizes={name: p.numel() for name, p in model.named_parameters()},
         watch=watch,
         progress=progress or SILENT,

@@ -114,7 +114,9 @@ def load_skeleton(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
         if _quantization(config) == hf.METHOD:
-            hf.apply(model, hf.SlimgraphConfig(**config.quantization_config).manifest)
+            described = hf.SlimgraphConfig(**config.quantization_config)
+            hf.apply(model, described.manifest)
+            config.quantization_config = described
         tie: Any = getattr(model, "tie_weights", None)
         if tie is not None:  # each parameter became an empty one of its own
             tie()

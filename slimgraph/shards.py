@@ -22,7 +22,7 @@ from slimgraph.axes import size
 from slimgraph.errors import CheckpointError, NumericsError
 from slimgraph.execute import Parking
 from slimgraph.groups import Structure
-from slimgraph.plan import Plan, resolve
+from slimgraph.plan import Plan, Resolved, resolve
 from slimgraph.progress import Stopwatch
 from slimgraph.surgery import Refit
 from slimgraph.sweep import Decision
@@ -33,6 +33,7 @@ __all__ = ["NOTES", "Shards", "run_folder"]
 
 _RUN = ".slimgraph-run"
 NOTES = "run.json"
+_PARKED = "parked"
 _INDEX = "model.safetensors.index.json"
 
 
@@ -145,7 +146,11 @@ class Shards:
         parked = self._parked(layer)
         with self._watch("write"):
             if distributed.is_first():
-                self._write([n for n in self._names if n.startswith(path)], layer)
+                plan = Plan()
+                for units, decision in self._refits.values():
+                    plan = plan.merged(Plan(units.cut(decision.units.cpu())))
+                resolved = resolve(self._structure, plan)
+                self._write([n for n in self._names if n.startswith(path)], layer, resolved)
             parked.mkdir(parents=True, exist_ok=True)
             parking.save(parked)
         self._refits.clear()
@@ -158,35 +163,35 @@ class Shards:
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
-    def finish(self, buffers: Mapping[str, Tensor]) -> None:
+    def finish(self, plan: Plan, buffers: Mapping[str, Tensor]) -> None:
         """Write the layers that the sweep did not reach, what no layer holds, and the index.
 
         Args:
+            plan: all of it.
             buffers: tensors beyond the weights that the checkpoint must hold.
         """
+        resolved = resolve(self._structure, plan)
         for layer, path in enumerate(self._structure.layers):
             if layer > self._notes.layer:
-                self._write([n for n in self._names if n.startswith(f"{path}.")], layer)
+                self._write([n for n in self._names if n.startswith(f"{path}.")], layer, resolved)
         rest = [n for n in self._names if n not in self._notes.files]
-        self._write(rest, len(self._structure.layers), buffers)
+        self._write(rest, len(self._structure.layers), resolved, buffers)
         files = sorted(set(self._notes.files.values()))
         total = sum((self._folder / file).stat().st_size for file in files)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(self._notes.files.items()))}
         _replace(self._folder / _INDEX, json.dumps(index, indent=2))
-        shutil.rmtree(self._folder / "parked", ignore_errors=True)
 
     def forget(self, target: Path) -> None:
         """The run was published: what only its going on needed goes."""
         (target / NOTES).unlink(missing_ok=True)
+        shutil.rmtree(target / _PARKED, ignore_errors=True)
 
-    def _write(self, names: Sequence[str], number: int, extra: Mapping[str, Tensor] | None = None) -> None:
+    def _write(
+        self, names: Sequence[str], number: int, resolved: Resolved, extra: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Slice these tensors, put in what was refitted, and write them as one file."""
         count = len(self._structure.layers) + 1
         file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        plan = Plan()
-        for units, decision in self._refits.values():
-            plan = plan.merged(Plan(units.cut(decision.units.cpu())))
-        resolved = resolve(self._structure, plan)
         new: dict[str, Tensor] = {}
         for units, decision in self._refits.values():
             new |= _refitted(units, decision.refit)
@@ -222,7 +227,7 @@ class Shards:
         return Decision(decision.units, decision.channels, Refit(self._stand_in(refit.weight.shape), bias))
 
     def _parked(self, layer: int) -> Path:
-        return self._folder / "parked" / f"{layer:05d}" / f"{distributed.rank()}-of-{distributed.world()}"
+        return self._folder / _PARKED / f"{layer:05d}" / f"{distributed.rank()}-of-{distributed.world()}"
 
 
 def _refitted(units: Units, refit: Refit) -> dict[str, Tensor]:

@@ -176,7 +176,7 @@ def _finish(
 ) -> None:
     manifest = result.manifest()
     checkpoint.write_description(model, manifest, folder, tokenizer=tokenizer)
-    shards.finish({name: model.get_buffer(name) for name in manifest.buffers})
+    shards.finish(result.plan, {name: model.get_buffer(name) for name in manifest.buffers})
     checkpoint.check_written(folder, model, manifest)
     checkpoint.publish(folder, target)
     shards.forget(target)

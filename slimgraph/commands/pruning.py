@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from slimgraph import checkpoint
+from slimgraph import checkpoint, distributed
 from slimgraph.commands.options import (
     Device,
     Dtype,
@@ -23,10 +23,12 @@ from slimgraph.commands.options import (
 )
 from slimgraph.debug import report
 from slimgraph.errors import ModelError, RecipeError
+from slimgraph.memory import memory_free, memory_needed
 from slimgraph.pipeline import prune as prune_model
 from slimgraph.pretrained import load_model, load_tokenizer
-from slimgraph.progress import Stopwatch
+from slimgraph.progress import SILENT, Stopwatch
 from slimgraph.recipe import METHODS, Recipe, method
+from slimgraph.streaming import prune_checkpoint
 from slimgraph.text import calibration_batch, calibration_tokens, demo_texts, tokenize
 from slimgraph.units import HEAD_MODES
 
@@ -55,6 +57,14 @@ def prune_command(
     no_recovery: Annotated[bool, typer.Option("--no-recovery", help="Do not refit the output projections.")] = False,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read and write weights block by block.  [default: for models that take more than half of the memory]",
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a streamed run that was stopped.")] = False,
     plan: Annotated[Path | None, typer.Option(help="Also write which units stay, as JSON.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
     trust_remote_code: Trust = False,
@@ -63,34 +73,74 @@ def prune_command(
     """Remove a share of a model's parameters and save the smaller model."""
     progress, watch = start(verbose), Stopwatch()
     chosen = _recipe(recipe, method_name, ratio, heads, round_to, no_recovery, seed)
-    where, precision = device_named(device), dtype_named(dtype)
-    checkpoint.check_target(out, force=force)
+    precision = dtype_named(dtype)
     check_file_target(plan, "--plan")
-    with watch("load"), progress(f"load {model}"):
-        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-        ids = _calibration_ids(calibration, tokenizer, samples, seq_len, seed)
-        dense = load_model(model, dtype=precision, device=where, trust_remote_code=trust_remote_code)
     notes = {
         "model": model,
         "method": method_name or "slimllm" if recipe is None else f"recipe {recipe.name}",
         "calibration": calibration or _DEFAULT_TEXT,
     }
-    result = prune_model(
-        dense, ids, recipe=chosen, heads=heads or "auto", seed=seed, notes=notes, progress=progress, watch=watch
-    )
-    if result.model is None:
-        raise ModelError(f"{result.module_failure}; nothing was written")
-    with watch("save"), progress("save"):
-        result.save(out, tokenizer=tokenizer, force=force)
+    with distributed.joined(device_named(device)) as where:
+        if not distributed.is_first():
+            progress = SILENT
+        if distributed.is_first():
+            checkpoint.check_target(out, force=force)
+        with watch("load"), progress("read the calibration text"):
+            tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+            ids = _calibration_ids(calibration, tokenizer, samples, seq_len, seed)
+        if _streams(stream, resume, model, precision):
+            result = prune_checkpoint(
+                model,
+                out,
+                ids,
+                recipe=chosen,
+                tokenizer=tokenizer,
+                dtype=precision,
+                device=where,
+                resume=resume,
+                force=force,
+                seed=seed,
+                trust_remote_code=trust_remote_code,
+                notes=notes,
+                progress=progress,
+                watch=watch,
+            )
+        else:
+            with watch("load"), progress(f"load {model}"):
+                dense = load_model(model, dtype=precision, device=where, trust_remote_code=trust_remote_code)
+            result = prune_model(
+                dense, ids, recipe=chosen, heads=heads or "auto", seed=seed, notes=notes, progress=progress, watch=watch
+            )
+            if result.model is None:
+                raise ModelError(f"{result.module_failure}; nothing was written")
+            if distributed.is_first():
+                with watch("save"), progress("save"):
+                    result.save(out, tokenizer=tokenizer, force=force)
+            distributed.barrier()
+        if not distributed.is_first():
+            return
     if plan is not None:
         write_text(plan, result.plan.to_json())
     result.seconds = watch.stages()
+    processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
     typer.echo(
-        f"{type(dense).__name__} {model}: {notes['method']}, {samples} x {seq_len} calibration tokens of "
-        f"{notes['calibration']}, seed {seed}, {dtype} on {device}\n"
+        f"{result.name} {model}: {notes['method']}, {samples} x {seq_len} calibration tokens of "
+        f"{notes['calibration']}, seed {seed}, {dtype} on {device}{processes}\n"
     )
     typer.echo(report(result, inner=watch.outer()))
     typer.echo(f"checkpoint   {out}")
+
+
+def _streams(asked: bool | None, resume: bool, model: str, dtype: torch.dtype) -> bool:
+    """Whether weights are streamed: as asked, else where they would take more than half of the free memory."""
+    if resume and asked is False:
+        raise ModelError("--resume and --no-stream were both given; only streamed runs can be gone on with")
+    if asked is not None or resume:
+        return asked is not False
+    directory = Path(model).expanduser()
+    if not directory.is_dir():
+        return False
+    return memory_needed(directory, dtype) > 0.5 * memory_free()
 
 
 def _recipe(
