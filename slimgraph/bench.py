@@ -11,7 +11,7 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from slimgraph.cost import Cost, checkpoint_bytes, cost
-from slimgraph.errors import ModelError
-from slimgraph.memory import is_out_of_memory, peak_growth
+from slimgraph.errors import EvaluationError, ModelError
+from slimgraph.memory import is_out_of_memory, with_smaller_batches
+from slimgraph.peak import peak_growth
 from slimgraph.pretrained import check_tokens, load_model
 from slimgraph.progress import SILENT, Progress
 from slimgraph.tables import Column, bytes_of, count_of, relative, to_markdown, to_text
 
-__all__ = ["Bench", "Measurement", "Rate", "Settings", "bench", "load_models"]
+__all__ = ["Bench", "Measurement", "Rate", "Settings", "bench", "load_beside"]
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,11 @@ class Bench:
     threads: int
 
     def __repr__(self) -> str:
-        return f"{to_text(self._columns(), self.measurements)}\n{self._note()}"
+        return f"{to_text(self._columns(), self.measurements)}\n{self.note}"
 
     def to_markdown(self) -> str:
         """The same as a Markdown table."""
-        return f"{to_markdown(self._columns(), self.measurements)}\n\n{self._note()}"
+        return f"{to_markdown(self._columns(), self.measurements)}\n\n{self.note}"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: plain numbers in bytes, seconds and tokens."""
@@ -148,7 +149,9 @@ class Bench:
             Column("", lambda m: relative(m.decode.median, dense.decode.median)),
         ]
 
-    def _note(self) -> str:
+    @property
+    def note(self) -> str:
+        """How it was measured, in one line."""
         s = self.settings
         where = f"{self.threads} threads of the CPU" if self.device == "cpu" else self.device
         return (
@@ -162,6 +165,7 @@ def bench(
     settings: Settings | None = None,
     *,
     checkpoints: Mapping[str, str | Path] | None = None,
+    costs: Mapping[str, Cost] | None = None,
     progress: Progress | None = None,
 ) -> Bench:
     """Measure models side by side.
@@ -172,10 +176,12 @@ def bench(
         models: name -> causal language model with values, all on one device; not changed, put in evaluation mode.
         settings: how to measure.
         checkpoints: name -> directory of the model's checkpoint, where it has one.
+        costs: name -> what the model costs; counted where it is not given.
         progress: shows the repetitions done.
 
     Raises:
-        ModelError: there is no model, a model has no cache or cannot be traced, or memory runs out with one sequence.
+        ModelError: there is no model, or a model has no cache or cannot be traced.
+        EvaluationError: memory runs out with one sequence.
         CalibrationError: prompt and new tokens are more than a model has positions for.
     """
     chosen = settings or Settings()
@@ -185,23 +191,26 @@ def bench(
     for model in models.values():
         model.eval()
         check_tokens(model, torch.zeros(1, chosen.prompt_tokens + chosen.new_tokens, dtype=torch.long))
+    known = dict(costs or {})
     with (progress or SILENT)("count products", total=len(models)) as tick:
-        costs = {}
         for name, model in models.items():
-            costs[name] = cost(model, tokens=chosen.prompt_tokens)
+            if name not in known:
+                known[name] = cost(model, tokens=chosen.prompt_tokens)
             tick()
-    runs, peaks, chosen = _timed(models, chosen, progress or SILENT)
+    runs, peaks, chosen = with_smaller_batches(
+        lambda batch: _repetitions(models, replace(chosen, batch=batch), progress or SILENT), chosen.batch, "bench"
+    )
     found = []
     for name in models:
         growth = peaks[name]
         found.append(
             Measurement(
                 name=name,
-                cost=costs[name],
+                cost=known[name],
                 checkpoint_bytes=checkpoint_bytes(checkpoints[name]) if checkpoints and name in checkpoints else None,
                 prefill=Rate.of(chosen.batch * chosen.prompt_tokens, [r.prefill for r in runs[name]]),
                 decode=Rate.of(chosen.batch * chosen.new_tokens, [r.decode for r in runs[name]]),
-                peak_bytes=None if growth is None else costs[name].weight_bytes + growth,
+                peak_bytes=None if growth is None else known[name].weight_bytes + growth,
             )
         )
     weights = next(first.parameters())
@@ -214,34 +223,36 @@ def bench(
     )
 
 
-def load_models(
-    names: Sequence[str],
+def load_beside(
+    name: str,
     *,
+    others: int = 0,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, nn.Module]:
-    """Load several models at once.
+) -> nn.Module:
+    """Load a model while others are in memory.
+
+    Args:
+        name: directory of a checkpoint, or a name on the hub.
+        others: how many there are, for the message.
+        device: where the weights go.
+        dtype: of the weights.
+        trust_remote_code: let the checkpoint bring its own modeling code.
 
     Raises:
-        ModelError: one cannot be loaded, one is named twice, or they do not all fit in memory.
+        ModelError: it cannot be loaded.
+        EvaluationError: it does not fit in memory beside the others.
     """
-    models: dict[str, nn.Module] = {}
-    for name in names:
-        if name in models:
-            raise ModelError(f"{name} was given twice; give each model once")
-        with (progress or SILENT)(f"load {name}"):
-            try:
-                models[name] = load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-            except (ModelError, RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) and not is_out_of_memory(error.__cause__):
-                    raise
-                raise ModelError(
-                    f"memory of {device} ran out while loading {name} as {dtype} beside {len(models)} other models: "
-                    "give fewer models at once, or a narrower dtype"
-                ) from error
-    return models
+    try:
+        return load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    except (ModelError, RuntimeError, MemoryError) as error:
+        if not any(each is not None and is_out_of_memory(each) for each in (error, error.__cause__)):
+            raise
+        raise EvaluationError(
+            f"memory of {device} ran out while loading {name} as {dtype} with {others} other models there: give fewer "
+            "models at once, or a narrower dtype like bfloat16"
+        ) from error
 
 
 # ---- timing ----
@@ -255,30 +266,10 @@ class _Run:
     decode: float
 
 
-_Timed = tuple[dict[str, list[_Run]], dict[str, int | None], Settings]
-
-
-def _timed(models: Mapping[str, nn.Module], settings: Settings, progress: Progress) -> _Timed:
-    """Runs and peaks of all models, with the settings as they were in the end."""
-    while True:
-        try:
-            return (*_repetitions(models, settings, progress), settings)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if settings.batch == 1:
-                raise ModelError(
-                    f"memory ran out with one sequence of {settings.prompt_tokens} + {settings.new_tokens} tokens "
-                    f"({len(models)} models are in memory at once): give fewer models, shorter prompts or another dtype"
-                ) from error
-        settings = Settings(**{**asdict(settings), "batch": settings.batch // 2})
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
 def _repetitions(
     models: Mapping[str, nn.Module], settings: Settings, progress: Progress
-) -> tuple[dict[str, list[_Run]], dict[str, int | None]]:
+) -> tuple[dict[str, list[_Run]], dict[str, int | None], Settings]:
+    """Runs and peaks of all models, and the settings that they are for."""
     runners = {name: _Runner(name, model, settings) for name, model in models.items()}
     runs: dict[str, list[_Run]] = {name: [] for name in models}
     peaks: dict[str, int | None] = {}
@@ -294,7 +285,7 @@ def _repetitions(
             for name, runner in order if repetition % 2 == 0 else reversed(order):
                 runs[name].append(runner.run())
                 tick()
-    return runs, peaks
+    return runs, peaks, settings
 
 
 class _Runner:

@@ -1,77 +1,76 @@
-"""Memory of the process and of a device: how much a piece of work takes at its peak, and whether it ran out."""
+"""Out of memory: a smaller batch is tried by itself, and when even one sample does not fit, it is said."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
+import logging
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-__all__ = ["is_out_of_memory", "peak_growth"]
+from slimgraph.errors import EvaluationError
 
-_STATUS = Path("/proc/self/status")
-_CLEAR = Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"  # proc(5): sets the peak resident size to the current one
+__all__ = ["halved", "is_out_of_memory", "with_smaller_batches"]
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error says that memory ran out, on a device or on the host."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on any device."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # what the CPU allocator says
+    return isinstance(error, Exception) and should_reduce_batch_size(error)
 
 
-def peak_growth(work: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes by which memory grows at most while `work` runs.
-
-    On CUDA it is what the caching allocator hands out on that device. On the CPU it is the resident memory of this
-    process, read from the kernel (Linux only); what was freed before is given back first, so that it counts again.
+def halved(batch: int, what: str) -> int:
+    """Half the batch, after memory ran out with the whole.
 
     Args:
-        work: called once.
-        device: where it computes.
+        batch: samples at once that did not fit.
+        what: was being done, for the message.
 
-    Returns:
-        Bytes; None where the system does not say.
+    Raises:
+        EvaluationError: there is nothing left to halve.
     """
+    _release()
+    if batch == 1:
+        raise EvaluationError(
+            f"{what}: memory ran out with a batch of 1, the smallest; ask for shorter windows, a narrower dtype like "
+            "bfloat16, or a device with more memory"
+        )
+    _log.info("%s: memory ran out with a batch of %d; trying %d", what, batch, batch // 2)
+    return batch // 2
+
+
+def with_smaller_batches(run: Callable[[int], T], batch: int, what: str) -> T:
+    """`run(batch)`; as often as memory runs out, again from the start with half the batch.
+
+    >>> def needs_room(batch):
+    ...     if batch > 2:
+    ...         raise MemoryError
+    ...     return batch
+    >>> with_smaller_batches(needs_room, 8, "a test")
+    2
+
+    Raises:
+        EvaluationError: a batch of 1 does not fit either.
+    """
+    while True:
+        try:
+            return run(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the handler: the traceback would keep what did not fit alive.
+        batch = halved(batch, what)
+
+
+def _release() -> None:
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    _give_back()
-    reset = _reset_peak()
-    resident = _status("VmRSS")
-    work()
-    highest = _status("VmHWM")
-    return max(0, highest - resident) if reset and highest is not None and resident is not None else None
-
-
-def _give_back() -> None:
-    """Have the C library return freed memory to the system, where it can."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _reset_peak() -> bool:
-    try:
-        _CLEAR.write_text(_RESET_PEAK)
-    except OSError:
-        return False
-    return True
-
-
-def _status(field: str) -> int | None:
-    """Bytes of a field of this process's status."""
-    try:
-        lines = _STATUS.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = next((line for line in lines if line.startswith(field + ":")), None)
-    return None if found is None else int(found.split()[1]) * 1024
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

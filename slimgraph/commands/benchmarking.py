@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch import nn
 
-from slimgraph.bench import Settings, bench, load_models
+from slimgraph.bench import Settings, bench, load_beside
 from slimgraph.commands.options import (
     Device,
     Dtype,
     Json,
     Trust,
     Verbose,
+    check_different,
     check_file_target,
     device_named,
     dtype_named,
@@ -44,7 +46,13 @@ def bench_command(
     where, precision = device_named(device), dtype_named(dtype)
     check_file_target(to_json, "--json")
     check_file_target(markdown, "--markdown")
-    loaded = load_models(models, device=where, dtype=precision, trust_remote_code=trust_remote_code, progress=progress)
+    check_different(models)
+    loaded: dict[str, nn.Module] = {}
+    for name in models:
+        with progress(f"load {name}"):
+            loaded[name] = load_beside(
+                name, others=len(loaded), device=where, dtype=precision, trust_remote_code=trust_remote_code
+            )
     found = bench(loaded, settings, checkpoints={name: name for name in models}, progress=progress)
     if found.settings.batch != batch:
         typer.echo(f"memory ran out with {batch} prompts at once: measured with {found.settings.batch}", err=True)
