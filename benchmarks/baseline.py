@@ -47,15 +47,16 @@ def select_heads(X: Tensor, W: Tensor, heads: int, keep: int) -> Tensor:
         (keep,) int64, ascending.
     """
     width = X.shape[1] // heads
-    outputs = [X[:, i * width : (i + 1) * width] @ W[:, i * width : (i + 1) * width].T for i in range(heads)]
-    dense = _sum(outputs)
+    columns = [slice(i * width, (i + 1) * width) for i in range(heads)]
+    outputs = torch.stack([X[:, c] @ W[:, c].T for c in columns])  # (heads, tokens, out)
+    dense = outputs.sum(0)
     similarity = torch.tensor([_similarity(dense - output, dense) for output in outputs])
     order = similarity.argsort().tolist()  # the least similar without them first: those matter most
     kept, pruned = order[:keep], order[keep:]
-    best = _similarity(_sum([outputs[i] for i in kept]), dense)
+    best = _similarity(outputs[kept].sum(0), dense)
     for candidate in reversed(pruned):
         tried = [[*kept[:place], candidate, *kept[place + 1 :]] for place in range(keep)]
-        scores = [_similarity(_sum([outputs[i] for i in swapped]), dense) for swapped in tried]
+        scores = [_similarity(outputs[swapped].sum(0), dense) for swapped in tried]
         place = max(range(keep), key=scores.__getitem__)
         if scores[place] > best:
             kept, best = tried[place], scores[place]
@@ -98,13 +99,6 @@ def regress(Y: Tensor, Y_pruned: Tensor) -> tuple[Tensor, Tensor]:
     pairs = zip(Y_pruned.T.numpy(), Y.T.numpy(), strict=True)
     fits = np.array([np.polyfit(x, y, 1) for x, y in pairs], dtype=np.float64)
     return torch.from_numpy(fits[:, 0].copy()), torch.from_numpy(fits[:, 1].copy())
-
-
-def _sum(outputs: Sequence[Tensor]) -> Tensor:
-    total = outputs[0].clone()
-    for output in outputs[1:]:
-        total += output
-    return total
 
 
 def _similarity(output: Tensor, dense: Tensor) -> float:

@@ -258,6 +258,9 @@ def load_beside(
 # ---- timing ----
 
 
+_EXPECTED = "expected a model that generates with a key-value cache"
+
+
 @dataclass(frozen=True)
 class _Run:
     """Seconds of one repetition."""
@@ -301,6 +304,9 @@ class _Runner:
         shape = (settings.batch, settings.prompt_tokens)
         self.prompts = torch.randint(vocabulary, shape, generator=generator).to(self.device)
         accepted = inspect.signature(model.forward).parameters
+        open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+        if not open_ended and not {"past_key_values", "use_cache"} <= accepted.keys():
+            raise ModelError(f"{name}: {type(model).__name__} takes no past_key_values; {_EXPECTED}")
         # As generation does: of a prompt only the last token's logits are wanted.
         self.options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
@@ -326,7 +332,7 @@ class _Runner:
         if cache is None or not isinstance(output.logits, Tensor):
             raise ModelError(
                 f"{self.name}: {type(self.model).__name__} returned {type(output).__name__} without past_key_values; "
-                "expected a model that generates with a key-value cache"
+                f"{_EXPECTED}"
             )
         return cache
 

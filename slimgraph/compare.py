@@ -7,7 +7,8 @@ by side, with all of them in memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from slimgraph.bench import Bench, Measurement, Settings, bench
 from slimgraph.cost import Cost, checkpoint_bytes, cost
-from slimgraph.errors import ModelError
+from slimgraph.errors import ModelError, PlanError
 from slimgraph.perplexity import Perplexity, perplexity
 from slimgraph.pipeline import Calibration, prune
 from slimgraph.pretrained import check_tokens
@@ -38,12 +39,14 @@ class Contender:
         load: makes the module, with values.
         tokenizer: of the model; None where no text is read.
         checkpoint: its directory, where it has one.
+        series: name of the model that it was made of at some ratio; a picture joins these by a line.
     """
 
     name: str
     load: Callable[[], nn.Module]
     tokenizer: Any = None
     checkpoint: str | Path | None = None
+    series: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Entry:
         perplexities: by the name of the text.
         tasks: score by task.
         speed: measured beside the others, or None.
+        series: name of the model that it was made of, its own where it was not.
     """
 
     name: str
@@ -86,6 +90,7 @@ class Entry:
     perplexities: Mapping[str, Perplexity] = field(default_factory=dict)
     tasks: Mapping[str, float] = field(default_factory=dict)
     speed: Measurement | None = None
+    series: str = ""
 
 
 @dataclass(frozen=True, repr=False)
@@ -165,7 +170,7 @@ def compare(
     speeds = None
     if wanted.speed is not None:
         speeds = bench(kept, wanted.speed, costs={e.name: e.cost for e in entries}, progress=shown)
-        entries = [Entry(**{**vars(e), "speed": m}) for e, m in zip(entries, speeds.measurements, strict=True)]
+        entries = [replace(e, speed=m) for e, m in zip(entries, speeds.measurements, strict=True)]
     return Comparison(tuple(entries), tuple(_notes(wanted, ids, speeds)))
 
 
@@ -193,7 +198,7 @@ def sweep(
         options: further ones of `slimgraph.pipeline.prune`.
 
     Raises:
-        PlanError: a ratio is out of range; one that cannot be reached is found when its turn comes.
+        PlanError: a ratio is out of range. One that cannot be reached is found when its turn comes.
     """
 
     def pruned(ratio: float) -> nn.Module:
@@ -204,9 +209,9 @@ def sweep(
 
     wrong = [ratio for ratio in ratios if not 0 < ratio < 1]
     if wrong:
-        raise ModelError(f"the ratio {wrong[0]} is out of range; expected shares of all parameters, 0 < ratio < 1")
+        raise PlanError(f"the ratio {wrong[0]} is out of range; expected shares of all parameters, 0 < ratio < 1")
     return [
-        Contender(f"{name} -{ratio:.0%}", lambda ratio=ratio: pruned(ratio), tokenizer)  # type: ignore[misc]
+        Contender(f"{name} -{ratio:.0%}", partial(pruned, ratio), tokenizer, series=name)
         for ratio in dict.fromkeys(ratios)
     ]
 
@@ -226,6 +231,7 @@ def _entry(
         checkpoint_bytes=None if contender.checkpoint is None else checkpoint_bytes(contender.checkpoint),
         perplexities=found,
         tasks=dict(measures.tasks(model, contender.tokenizer)) if measures.tasks else {},
+        series=contender.series or contender.name,
     )
 
 

@@ -82,7 +82,7 @@ def macs(graph_module: fx.GraphModule, tokens: int, batch: int = 1) -> int:
     `torch.utils.flop_counter`. Sums, norms and activation functions are left out, as is the custom.
 
     Args:
-        graph_module: as made by `slimgraph.trace.trace`; its device arguments are set to meta.
+        graph_module: as made by `slimgraph.trace.trace`; not changed.
         tokens: length of the sequences; a graph for a fixed shape takes its own.
         batch: number of sequences.
 
@@ -90,10 +90,13 @@ def macs(graph_module: fx.GraphModule, tokens: int, batch: int = 1) -> int:
         ModelError: the graph needs values to run, not only shapes.
     """
     shape = is_static(graph_module) or (batch, tokens)
-    retarget(graph_module, "meta")
+    own = fx.Graph()
+    own.output(own.graph_copy(graph_module.graph, {}))
+    on_meta = fx.GraphModule(graph_module, own)  # shares the weights
+    retarget(on_meta, "meta")
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            _OnShapes(graph_module).run(torch.zeros(shape, dtype=torch.long, device="meta"))
+            _OnShapes(on_meta).run(torch.zeros(shape, dtype=torch.long, device="meta"))
     except (RuntimeError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(

@@ -5,8 +5,10 @@ Needs matplotlib, which comes with the extra `report`.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,28 +81,51 @@ def plot(comparison: Comparison, path: str | Path) -> Path:
 
 
 def _perplexities(axes: Axes, comparison: Comparison) -> None:
-    entries = _by_size(comparison)
-    for text in comparison.entries[0].perplexities:
-        found = [e.perplexities[text] for e in entries]
-        axes.errorbar(
-            [_share(comparison, e) for e in entries],
-            [p.value for p in found],
-            [p.standard_error for p in found],
-            marker="o",
-            capsize=3,
-            label=text,
-        )
+    for number, text in enumerate(comparison.entries[0].perplexities):
+        _by_share(axes, comparison, f"C{number}", text, partial(_perplexity, text))
     axes.set_yscale("log")
     axes.set_ylabel("perplexity (lower is better)")
-    _finish_sizes(axes, comparison)
+    _finish_shares(axes, comparison)
 
 
 def _tasks(axes: Axes, comparison: Comparison) -> None:
-    entries = _by_size(comparison)
-    for task in comparison.entries[0].tasks:
-        axes.plot([_share(comparison, e) for e in entries], [e.tasks[task] for e in entries], marker="o", label=task)
+    for number, task in enumerate(comparison.entries[0].tasks):
+        _by_share(axes, comparison, f"C{number}", task, partial(_score, task))
     axes.set_ylabel("score (higher is better)")
-    _finish_sizes(axes, comparison)
+    _finish_shares(axes, comparison)
+
+
+def _perplexity(text: str, entry: Entry) -> tuple[float, float]:
+    """A value and its error."""
+    found = entry.perplexities[text]
+    return found.value, 0.0 if math.isnan(found.standard_error) else found.standard_error
+
+
+def _score(task: str, entry: Entry) -> tuple[float, float]:
+    return entry.tasks[task], 0.0
+
+
+def _by_share(
+    axes: Axes, comparison: Comparison, colour: str, label: str, value: Callable[[Entry], tuple[float, float]]
+) -> None:
+    """Points over the share of parameters that is left; those of one series are joined."""
+    labels = [label]
+    for series in dict.fromkeys(e.series for e in comparison.entries):
+        entries = sorted((e for e in comparison.entries if e.series == series), key=comparison.share)
+        shares, values = [100 * comparison.share(e) for e in entries], [value(e) for e in entries]
+        axes.errorbar(
+            shares,
+            [v for v, _ in values],
+            [error for _, error in values],
+            color=colour,
+            marker="o",
+            capsize=3,
+            label=labels.pop() if labels else None,
+        )
+        if len(entries) == 1:  # a point that no line explains
+            axes.annotate(
+                entries[0].name, (shares[0], values[0][0]), (4, 4), textcoords="offset points", fontsize="x-small"
+            )
 
 
 def _speeds(axes: Axes, comparison: Comparison) -> None:
@@ -111,16 +136,9 @@ def _speeds(axes: Axes, comparison: Comparison) -> None:
     axes.set_xlabel("decoded tokens per second (higher is better)")
 
 
-def _finish_sizes(axes: Axes, comparison: Comparison) -> None:
+def _finish_shares(axes: Axes, comparison: Comparison) -> None:
     axes.set_xlabel(f"parameters, % of {comparison.entries[0].name}")
     axes.invert_xaxis()
+    axes.margins(0.12)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-
-
-def _by_size(comparison: Comparison) -> list[Entry]:
-    return sorted(comparison.entries, key=lambda e: -e.cost.parameters)
-
-
-def _share(comparison: Comparison, entry: Entry) -> float:
-    return 100 * comparison.share(entry)
