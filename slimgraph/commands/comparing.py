@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import nn
 
 from slimgraph.bench import Settings, load_beside
 from slimgraph.commands.options import (
@@ -24,7 +25,7 @@ from slimgraph.commands.options import (
     write_json,
     write_text,
 )
-from slimgraph.compare import Contender, Measures, compare, sweep
+from slimgraph.compare import Contender, Measures, TaskRunner, compare, sweep
 from slimgraph.errors import ModelError, PlanError
 from slimgraph.plots import check_plot, plot
 from slimgraph.pretrained import load_tokenizer
@@ -42,6 +43,11 @@ def compare_command(
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of each window.")] = 128,
     tokens: Annotated[int | None, typer.Option(min=2, help="Only the first so many tokens of each text.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows at once.")] = 8,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval with commas between them, or paper: the seven of the paper.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with task files, for --tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many examples of each task.")] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Tokens per second, all models in memory at once.")] = False,
     prune_at: Annotated[
         str | None, typer.Option("--sweep", metavar="RATIOS", help="Also the first model pruned by 0.1,0.2,...")
@@ -60,7 +66,7 @@ def compare_command(
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
 ) -> None:
-    """Compare models: size, products per token, cache, perplexities and speed."""
+    """Compare models: size, products per token, cache, perplexities, tasks and speed."""
     progress = start(verbose)
     ratios = _ratios(prune_at)
     where, precision = device_named(device), dtype_named(dtype)
@@ -69,13 +75,19 @@ def compare_command(
     check_file_target(markdown, "--markdown")
     if plot_to is not None:
         check_plot(plot_to)
-        if not (text or speed):
-            raise ModelError("--plot has nothing to draw; give --text or --speed as well")
+        if not (text or tasks or speed):
+            raise ModelError("--plot has nothing to draw; give --text, --tasks or --speed as well")
+    runner = None if tasks is None else _task_runner(tasks.split(","), include_path, limit, progress)
     contenders = [_contender(name, where, precision, trust_remote_code) for name in models]
     if ratios:
         contenders += _pruned(contenders[0], ratios, calibration, samples, seq_len, seed, method, progress)
     measures = Measures(
-        texts=text or [], seq_len=seq_len, tokens=tokens, batch=batch, speed=Settings() if speed else None
+        texts=text or [],
+        seq_len=seq_len,
+        tokens=tokens,
+        batch=batch,
+        tasks=runner,
+        speed=Settings() if speed else None,
     )
     found = compare(contenders, measures, progress=progress)
     if to_json != "-":
@@ -94,6 +106,20 @@ def _ratios(given: str | None) -> list[float]:
         return [float(part) for part in given.split(",")]
     except ValueError as error:
         raise PlanError(f"--sweep is {given!r}; expected ratios with commas between them, like 0.1,0.2,0.5") from error
+
+
+def _task_runner(names: list[str], include_path: Path | None, limit: int | None, progress: Progress) -> TaskRunner:
+    """Scores in per cent, of the metric that counts for each task, and their average."""
+    from slimgraph.tasks import evaluate_tasks, load_tasks  # type: ignore[import-not-found, unused-ignore]
+
+    loaded = load_tasks(names, include_path=include_path, progress=progress)
+
+    def run(model: nn.Module, tokenizer: Any) -> dict[str, float]:
+        found = evaluate_tasks(model, tokenizer, loaded, limit=limit, progress=progress)
+        scores = {each.name: 100 * each.metrics[each.counted] for each in found.scores if each.counted is not None}
+        return {**scores, "average": 100 * found.average}
+
+    return run
 
 
 def _contender(name: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> Contender:
