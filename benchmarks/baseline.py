@@ -24,7 +24,7 @@ from machine import footer
 from torch import Tensor
 
 from slimgraph.evidence import Evidence, Source
-from slimgraph.moments import Moments, Norms
+from slimgraph.moments import Norms
 from slimgraph.recover import regression
 from slimgraph.score import feature_space, pearson_select, select_top
 
@@ -115,7 +115,7 @@ def evidence(X: Tensor, W: Tensor, units: Tensor, kind: str, sources: Sequence[t
     return Evidence(
         weight=W,
         bias=None,
-        moments=Moments.of(X),
+        inputs=[X],
         units=units,
         blocks=torch.zeros(int(units.max()) + 1, dtype=torch.int64),
         sources=tuple(Source(weight, units, Norms.of(inputs).norms) for weight, inputs in sources),
