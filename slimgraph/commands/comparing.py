@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,6 +81,9 @@ def compare_command(
     runner = None if tasks is None else _task_runner(tasks.split(","), include_path, limit, progress)
     contenders = [_contender(name, where, precision, trust_remote_code) for name in models]
     if ratios:
+        with progress(f"load {models[0]}"):
+            dense = contenders[0].load()
+        contenders[0] = replace(contenders[0], load=lambda: dense)  # one copy for itself and for what is made of it
         contenders += _pruned(contenders[0], ratios, calibration, samples, seq_len, seed, method, progress)
     measures = Measures(
         texts=text or [],
@@ -145,6 +149,4 @@ def _pruned(
     else:
         place = Path(calibration) if any(map(str.isspace, calibration)) else calibration
         ids = calibration_tokens(place, dense.tokenizer, samples=samples, seq_len=seq_len, seed=seed)
-    with progress(f"load {dense.name}"):
-        model = dense.load()
-    return sweep(dense.name, model, ratios, ids, tokenizer=dense.tokenizer, method=method, progress=progress)
+    return sweep(dense.name, dense.load(), ratios, ids, tokenizer=dense.tokenizer, method=method, progress=progress)
