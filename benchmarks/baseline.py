@@ -110,7 +110,14 @@ def _similarity(output: Tensor, dense: Tensor) -> float:
 # ---- Slimgraph's side ----
 
 
-def evidence(X: Tensor, W: Tensor, units: Tensor, kind: str, sources: Sequence[tuple[Tensor, Tensor]] = ()) -> Evidence:
+def evidence(
+    X: Tensor,
+    W: Tensor,
+    units: Tensor,
+    kind: str,
+    sources: Sequence[tuple[Tensor, Tensor]] = (),
+    precision: torch.dtype = torch.float64,
+) -> Evidence:
     """What the sweep knows of a site with this input and weight; arguments as above, `units` the unit per channel."""
     return Evidence(
         weight=W,
@@ -121,6 +128,7 @@ def evidence(X: Tensor, W: Tensor, units: Tensor, kind: str, sources: Sequence[t
         sources=tuple(Source(weight, units, Norms.of(inputs).norms) for weight, inputs in sources),
         kind=kind,
         name=kind,
+        precision=precision,
     )
 
 
@@ -199,17 +207,17 @@ def _plain_fit(X: Tensor, W: Tensor, channels: Tensor) -> Outcome:
     return Outcome(channels, slopes[:, None] * W[:, channels], intercepts)
 
 
-def our_attention(layer: Layer, keep: int) -> Outcome:
+def our_attention(layer: Layer, keep: int, precision: torch.dtype = torch.float64) -> Outcome:
     units = torch.arange(layer.heads).repeat_interleave(layer.attention.shape[1] // layer.heads)
-    found = evidence(layer.attention, layer.o, units, "heads")
+    found = evidence(layer.attention, layer.o, units, "heads", precision=precision)
     channels = found.kept_channels(pearson_select(found, keep))
     return Outcome(channels, *regression(found, channels))
 
 
-def our_feed_forward(layer: Layer, keep: int) -> Outcome:
+def our_feed_forward(layer: Layer, keep: int, precision: torch.dtype = torch.float64) -> Outcome:
     units = torch.arange(layer.feed_forward.shape[1])
     sources = [(layer.gate, layer.normed), (layer.up, layer.normed)]
-    found = evidence(layer.feed_forward, layer.down, units, "channels", sources)
+    found = evidence(layer.feed_forward, layer.down, units, "channels", sources, precision)
     channels = found.kept_channels(select_top(feature_space(found), found.blocks, keep))
     return Outcome(channels, *regression(found, channels))
 
@@ -240,7 +248,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--ratio", type=float, default=0.25, help="share of the heads and channels that goes")
     parser.add_argument("--repetitions", type=int, default=3, help="of Slimgraph's side; the fastest counts")
+    parser.add_argument("--precision", choices=["float64", "float32"], default="float64", help="of Slimgraph's solves")
     given = parser.parse_args()
+    precision = getattr(torch, given.precision)
     layer = random_layer(given.hidden, given.intermediate, given.heads, given.tokens)
     keep_heads = given.heads - round(given.ratio * given.heads)
     keep_channels = given.intermediate - round(given.ratio * given.intermediate)
@@ -252,7 +262,7 @@ def main() -> None:
     print("|---|--:|--:|--:|--:|--:|--:|--:|", flush=True)
     totals = np.zeros(4)
     for name, plain, ours, keep in parts:
-        runs = [timed(lambda ours=ours, keep=keep: ours(layer, keep)) for _ in range(given.repetitions)]
+        runs = [timed(lambda ours=ours, keep=keep: ours(layer, keep, precision)) for _ in range(given.repetitions)]
         ours_outcome, *ours_seconds = min(runs, key=lambda run: run[1])
         plain_outcome, *plain_seconds = timed(lambda plain=plain, keep=keep: plain(layer, keep))
         same, difference = compare(plain_outcome, ours_outcome)
@@ -263,7 +273,8 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
         f"\nHidden {given.hidden}, intermediate {given.intermediate}, {given.heads} heads, {given.tokens} tokens in "
-        f"float32, {given.ratio:.0%} of the units go; peak {peak:.1f} GiB. {footer()}"
+        f"float32, Slimgraph's solves in {given.precision}, {given.ratio:.0%} of the units go; "
+        f"peak {peak:.1f} GiB. {footer()}"
     )
 
 

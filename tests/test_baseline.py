@@ -22,22 +22,24 @@ def baseline() -> Any:
         sys.path.remove(str(BENCHMARKS))
 
 
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("keep", [2, 5])
-def test_attention(baseline: Any, seed: int, keep: int) -> None:
+def test_attention(baseline: Any, seed: int, keep: int, precision: torch.dtype) -> None:
     layer = baseline.random_layer(48, 96, heads=8, tokens=160, seed=seed)
-    plain, ours = baseline.plain_attention(layer, keep), baseline.our_attention(layer, keep)
+    plain, ours = baseline.plain_attention(layer, keep), baseline.our_attention(layer, keep, precision)
     assert len(plain.kept) == keep * 6
     same, difference = baseline.compare(plain, ours)
     assert same
     assert difference < 1e-5
 
 
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("keep", [20, 70])
-def test_feed_forward(baseline: Any, seed: int, keep: int) -> None:
+def test_feed_forward(baseline: Any, seed: int, keep: int, precision: torch.dtype) -> None:
     layer = baseline.random_layer(48, 96, heads=8, tokens=160, seed=seed)
-    plain, ours = baseline.plain_feed_forward(layer, keep), baseline.our_feed_forward(layer, keep)
+    plain, ours = baseline.plain_feed_forward(layer, keep), baseline.our_feed_forward(layer, keep, precision)
     assert len(plain.kept) == keep
     same, difference = baseline.compare(plain, ours)
     assert same
