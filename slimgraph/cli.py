@@ -1,4 +1,4 @@
-"""The command line: `slimgraph inspect | explain | prune | eval | demo`.
+"""The command line: `slimgraph inspect | explain | prune | eval | bench | compare | demo`.
 
 Results go to standard output; progress and messages to standard error. Bad input is one line there and a non-zero exit
 code, 1 for what Slimgraph refuses and 2 for wrong usage; a traceback means a defect.
@@ -13,6 +13,8 @@ from typing import Annotated
 
 import typer
 
+from slimgraph.commands.benchmarking import bench_command
+from slimgraph.commands.comparing import compare_command
 from slimgraph.commands.demonstration import demo_command
 from slimgraph.commands.evaluation import eval_command
 from slimgraph.commands.inspecting import explain_command, inspect_command
@@ -79,4 +81,6 @@ app.command("inspect")(inspect_command)
 app.command("explain")(explain_command)
 app.command("prune")(prune_command)
 app.command("eval")(eval_command)
+app.command("bench")(bench_command)
+app.command("compare")(compare_command)
 app.command("demo")(demo_command)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import fx
 
@@ -225,10 +226,21 @@ class _Builder:
         )
 
     def _origins(self, atoms: tuple[Atom, ...]) -> Iterator[Origin]:
-        for q in self.projections:
-            out = self._output(q)
-            if out is not None and q.out_dim is not None and any(a in atoms for a in self.axes.atoms(out)):
-                yield Origin(q.parameter, q.out_dim, q.in_dim, q.contraction.node.name, q.reads.name)
+        """The projections whose output holds any of the atoms, in graph order."""
+        for i in sorted({i for a in atoms for i in self._producers.get(a, ())}):
+            q = self.projections[i]
+            assert q.out_dim is not None
+            yield Origin(q.parameter, q.out_dim, q.in_dim, q.contraction.node.name, q.reads.name)
+
+    @cached_property
+    def _producers(self) -> dict[Atom, list[int]]:
+        """Indices of the projections by the atoms of their output: looked up, the time grows with depth only once."""
+        found: dict[Atom, list[int]] = {}
+        for i, p in enumerate(self.projections):
+            out = self._output(p)
+            for atom in () if out is None else set(self.axes.atoms(out)):
+                found.setdefault(atom, []).append(i)
+        return found
 
     # -- names ----------------------------------------------------------------------------------------------------
 

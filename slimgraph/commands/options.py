@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "Model",
     "Trust",
     "Verbose",
+    "check_different",
     "check_file_target",
     "device_named",
     "dtype_named",
@@ -79,6 +81,13 @@ def dtype_named(name: str) -> torch.dtype:
     return found
 
 
+def check_different(models: Sequence[str]) -> None:
+    """Check that no model was given twice; raises ModelError."""
+    twice = [name for name in models if models.count(name) > 1]
+    if twice:
+        raise ModelError(f"{twice[0]} was given {models.count(twice[0])} times; give each model once")
+
+
 def check_file_target(target: str | Path | None, option: str) -> None:
     """Before the work, so that it is not lost."""
     if target is None or target == "-":
@@ -90,11 +99,10 @@ def check_file_target(target: str | Path | None, option: str) -> None:
 
 
 def write_json(target: str | None, data: dict[str, Any]) -> None:
-    """Write JSON to a file, or to standard output for `-`; NaN and infinity at the top become null."""
+    """Write JSON to a file, or to standard output for `-`; NaN and infinity become null."""
     if target is None:
         return
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()}
-    text = json.dumps(finite, indent=1)
+    text = json.dumps(_finite(data), indent=1)
     if target == "-":
         typer.echo(text)
     else:
@@ -107,3 +115,11 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -23,7 +23,7 @@ from slimgraph.commands.options import (
 )
 from slimgraph.debug import report
 from slimgraph.errors import ModelError, RecipeError
-from slimgraph.memory import memory_free, memory_needed
+from slimgraph.capacity import memory_free, memory_needed
 from slimgraph.pipeline import prune as prune_model
 from slimgraph.pretrained import load_model, load_tokenizer
 from slimgraph.progress import SILENT, Stopwatch
