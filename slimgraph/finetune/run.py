@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from slimgraph import checkpoint, hf
 from slimgraph.errors import DataError, ModelError
@@ -139,19 +141,19 @@ def finetune(
     chosen = settings or FinetuneSettings()
     target = Path(out)
     checkpoint.check_target(target, force=force)
-    in_memory = _in_memory(model)
-    processes = Processes(torch.device(device) if in_memory is None else next(in_memory.parameters()).device)
+    processes = Processes(_place(model, device))
     shown = (progress or SILENT) if processes.first else SILENT
-    loading = {"dtype": dtype, "device": processes.device, "trust_remote_code": trust_remote_code}
+    load = partial(load_model, dtype=dtype, device=processes.device, trust_remote_code=trust_remote_code)
+    load_words = partial(load_tokenizer, trust_remote_code=trust_remote_code)
 
     records = read_records(data, limit=chosen.records)
-    tokenizer = tokenizer or _tokenizer(model, trust_remote_code)
+    tokenizer = tokenizer or _tokenizer(model, load_words)
     with shown("tokenise"):
         examples = encode(records, tokenizer, cutoff=chosen.cutoff, mask_prompt=chosen.mask_prompt)
     learned, held_out = _split(examples, chosen)
     with shown("load"):
-        subject = load_model(str(model), **loading) if in_memory is None else in_memory
-        guide = _teacher(teacher, tokenizer, records[0], loading)
+        subject = _subject(model, load)
+        guide = _teacher(teacher, tokenizer, records[0], load, load_words)
     manifest = model.manifest() if isinstance(model, Result) else hf.manifest_of(subject)
     hf.verify(subject, manifest or Manifest.empty())
     _check_fit(subject, examples)
@@ -189,21 +191,28 @@ def finetune(
     return result
 
 
-def _in_memory(model: nn.Module | Result | str | Path) -> nn.Module | None:
-    """The module to train, where it need not be loaded."""
+def _place(model: nn.Module | Result | str | Path, device: str | torch.device) -> torch.device:
+    """Where a model in memory is, or where one that is loaded shall be."""
+    module = model.model if isinstance(model, Result) else model
+    return next(module.parameters()).device if isinstance(module, nn.Module) else torch.device(device)
+
+
+def _subject(model: nn.Module | Result | str | Path, load: Callable[[str | Path], nn.Module]) -> nn.Module:
+    """The module to train."""
     if isinstance(model, Result) and model.model is None:
         raise ModelError(model.module_failure or "the module was not pruned")
     found = model.model if isinstance(model, Result) else model
-    if not isinstance(found, nn.Module):
-        return None
-    check_finite(found)
-    return found
+    subject: nn.Module = found if isinstance(found, nn.Module) else load(found)  # type: ignore[arg-type]
+    if not isinstance(subject, PreTrainedModel):
+        raise ModelError(f"cannot fine-tune a {type(subject).__name__}, expected a transformers model or its directory")
+    check_finite(subject)
+    return cast(nn.Module, subject)
 
 
-def _tokenizer(model: nn.Module | Result | str | Path, trust_remote_code: bool) -> Any:
+def _tokenizer(model: nn.Module | Result | str | Path, load: Callable[[str | Path], Any]) -> Any:
     if isinstance(model, nn.Module | Result):
         raise ModelError("a model in memory comes without its tokenizer, which the records need; give tokenizer=")
-    return load_tokenizer(model, trust_remote_code=trust_remote_code)
+    return load(model)
 
 
 def _split(examples: Sequence[Example], settings: FinetuneSettings) -> tuple[list[Example], list[Example]]:
@@ -233,21 +242,25 @@ def _check_fit(model: nn.Module, examples: Sequence[Example]) -> None:
 
 
 def _teacher(
-    teacher: nn.Module | str | Path | None, tokenizer: Any, record: Record, loading: dict[str, Any]
+    teacher: nn.Module | str | Path | None,
+    tokenizer: Any,
+    record: Record,
+    load: Callable[[str | Path], nn.Module],
+    load_words: Callable[[str | Path], Any],
 ) -> nn.Module | None:
     """The teacher, frozen, once it is known that it reads the same tokens."""
     if teacher is None:
         return None
     if isinstance(teacher, nn.Module):
         return teacher.eval()
-    its_own = load_tokenizer(teacher, trust_remote_code=loading["trust_remote_code"])
+    its_own = load_words(teacher)
     text = prompt(record) + record.output
     if its_own.get_vocab() != tokenizer.get_vocab() or its_own(text)["input_ids"] != tokenizer(text)["input_ids"]:
         raise ModelError(
             f"the teacher {teacher} has another tokenizer, expected the same one; give the dense model that the pruned "
             "one was made from"
         )
-    return load_model(teacher, **loading)
+    return load(teacher)
 
 
 def _checkpoints(

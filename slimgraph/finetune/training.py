@@ -160,7 +160,7 @@ class Training:
             guide = None if self._teacher is None else _logits(self._teacher, batch, no_grad=True)
             logits = _logits(self._model, batch)
             loss = loss_sum(logits, batch.labels, guide, self._settings.distillation, self._settings.temperature)
-            (loss / learned).backward()
+            torch.autograd.backward(loss / learned)
             total += float(loss.detach()) / learned
         return total
 
@@ -173,7 +173,7 @@ class Training:
             return
         gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
         summed = self._processes.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, piece in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
+        for gradient, piece in zip(gradients, torch.split(summed, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(piece.view_as(gradient))
 
     def _batches(self, examples: Sequence[Example]) -> list[Batch]:
