@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import decoders
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -293,6 +294,22 @@ def test_merged_equals_unmerged(pruned_dir: Path) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("family", sorted(decoders.FAMILIES))
+def test_families_take_adapters_and_merge_them(family: str) -> None:
+    model = decoders.make(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with adapted(model, FinetuneSettings(rank=3)) as adapters:
+        with torch.no_grad():
+            for parameter in adapters.trained.values():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        adapters.model.eval()
+        unmerged = logits(adapters.model)
+        adapters.merge()
+    torch.testing.assert_close(logits(model), unmerged, rtol=1e-9, atol=1e-9)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(before[name], value)}
+    assert changed == {f"{name}.weight" for name in projections(model)}
+
+
 def test_a_failed_run_leaves_the_model_as_it_was(pruned_dir: Path, tmp_path: Path, tokenizer: Any) -> None:
     model = slimgraph.load(pruned_dir)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -418,6 +435,20 @@ def test_force_starts_afresh(pruned_dir: Path, tuned_dir: Path, tmp_path: Path) 
         finetune(pruned_dir, RECORDS, out, settings=SHORT, progress=StoppingProgress(1))
     finetune(pruned_dir, RECORDS, out, settings=SHORT, force=True)
     assert torch.equal(logits(slimgraph.load(out)), logits(slimgraph.load(tuned_dir)))
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(pruned_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps(RECORDS[:11]))  # of the last step one process gets nothing
+    settings = {"epochs": 2, "batch": 3, "micro-batch": 1, "dropout": 0, "lr": 1e-3, "cutoff": 60, "held-out": 0.1}
+    options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    command = ["-m", "slimgraph", "finetune", pruned_dir, "--data", tmp_path / "data.json", *options, "--out"]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for run, out in (([sys.executable], "one"), (two, "two")):
+        subprocess.run([*run, *command, tmp_path / out], check=True, capture_output=True)
+    one, other = (slimgraph.load(tmp_path / out).state_dict() for out in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-6)
 
 
 # ---- memory ----
