@@ -373,6 +373,16 @@ def test_a_dense_model_stays_an_ordinary_one(dense_dir: Path, tmp_path: Path) ->
     assert not torch.equal(logits(result.model), logits(slimgraph.load(dense_dir)))
 
 
+def test_a_narrow_model_stays_narrow(pruned_dir: Path, tmp_path: Path) -> None:
+    result = finetune(pruned_dir, RECORDS, tmp_path / "out", settings=SHORT, dtype=torch.bfloat16)
+    assert result.loss_before is not None
+    assert result.loss_after is not None
+    assert result.loss_after < result.loss_before - 0.1
+    assert {value.dtype for value in slimgraph.load(tmp_path / "out").state_dict().values()} == {torch.bfloat16}
+    with adapted(slimgraph.load(pruned_dir, dtype=torch.bfloat16), SHORT) as adapters:
+        assert {parameter.dtype for parameter in adapters.trained.values()} == {torch.float32}
+
+
 def test_what_prune_returns_is_taken(
     pruned: slimgraph.Result, pruned_dir: Path, tuned_dir: Path, tmp_path: Path, tokenizer: Any
 ) -> None:
