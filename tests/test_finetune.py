@@ -154,6 +154,22 @@ def test_bad_places_are_told_apart(tmp_path: Path) -> None:
         read_records("somebody/something")
 
 
+def test_a_data_set_is_read_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def load_dataset(name: str, config: str | None, **options: Any) -> list[dict[str, str]]:
+        asked.update(options, name=name, config=config)
+        return [*RECORDS, {"text": "no record"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert read_records("somebody/something:some@validation", limit=3) == read_records(RECORDS[:3])
+    assert (asked["name"], asked["config"], asked["split"]) == ("somebody/something", "some", "validation")
+    with pytest.raises(
+        DataError, match="record 19 of somebody/something has no 'instruction': found only the keys text"
+    ):
+        read_records("somebody/something")
+
+
 def test_prompts_are_alpacas() -> None:
     with_input = prompt(Record("do", "this", "done"))
     assert with_input.endswith("### Instruction:\ndo\n\n### Input:\nthis\n\n### Response:\n")

@@ -112,7 +112,7 @@ class Checkpoints:
         """Raise CheckpointError where an earlier run left checkpoints."""
         if steps := self._steps():
             raise CheckpointError(
-                f"{steps[-1]} is left from an earlier run; go on with it (resume), or delete {self.directory}"
+                f"{steps[-1]} is left from an earlier run; go on with it (resume), or throw it away (force)"
             )
 
     def remove(self) -> None:

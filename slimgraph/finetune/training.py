@@ -83,8 +83,7 @@ class Training:
         if resume:
             self.counters = checkpoints.restore(self._trained, self._optimiser)
         before, start = self.counters.seconds, time.perf_counter()
-        with self._progress("fine-tune", total=total) as tick:
-            tick(self.counters.step)
+        with self._progress("fine-tune", total=total - self.counters.step) as tick:
             while self.counters.step < total:
                 epoch, place = divmod(self.counters.step, per_epoch)
                 rows = self._rows(len(examples), epoch, place)
@@ -116,7 +115,11 @@ class Training:
         mine = _longest_first(examples[self._processes.rank :: self._processes.size])
 
         def total() -> Tensor:
-            sums = [float(loss_sum(_logits(subject, batch), batch.labels)) for batch in self._batches(mine)]
+            sums = []
+            with self._progress("held-out loss", total=len(mine)) as tick:
+                for batch in self._batches(mine):
+                    sums.append(float(loss_sum(_logits(subject, batch), batch.labels)))
+                    tick(len(batch.ids))
             return torch.tensor(sums, dtype=torch.float64).sum()
 
         loss = float(self._processes.sum(self._within_memory(total))) / sum(example.learned for example in examples)
