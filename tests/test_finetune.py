@@ -428,6 +428,18 @@ def test_a_stopped_run_goes_on_exactly(pruned_dir: Path, tuned_dir: Path, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_training_is_not_lost_where_saving_fails(
+    pruned_dir: Path, tuned_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "save_pretrained", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(CheckpointError, match="disk full"):
+            finetune(pruned_dir, RECORDS, tmp_path / "model", settings=SHORT)
+    assert not (tmp_path / "model").exists()
+    finetune(pruned_dir, RECORDS, tmp_path / "model", settings=SHORT, resume=True)
+    assert torch.equal(logits(slimgraph.load(tmp_path / "model")), logits(slimgraph.load(tuned_dir)))
+
+
 def test_only_the_same_run_goes_on(pruned_dir: Path, dense_dir: Path, tmp_path: Path) -> None:
     def go_on(*, directory: Path = pruned_dir, data: Any = RECORDS, **changes: Any) -> None:
         settings = FinetuneSettings(**{**SHORT.to_dict(), **changes})
