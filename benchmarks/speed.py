@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe
+from machine import footer
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -151,7 +151,7 @@ def main() -> None:
     subprocess.run(["rm", "-rf", str(arguments.work / f"{arguments.shape}-out")], check=True)
     pruned = _measure(arguments, "prune")
     tokens = f"{arguments.samples} x {arguments.seq_len} tokens"
-    print(f"\n{arguments.shape}, {tokens}, {arguments.dtype}, {pruned['removed']:.2%} removed. {describe()}\n")
+    print(f"\n{arguments.shape}, {tokens}, {arguments.dtype}, {pruned['removed']:.2%} removed\n")
     print("| what | seconds |\n|---|--:|")
     for stage, seconds in pruned["stages"].items():
         print(f"| {'forward, within the sweep' if stage == 'sweep' else stage} | {seconds:.1f} |")
@@ -161,6 +161,7 @@ def main() -> None:
     print(f"\npeak resident memory: {pruned['peak']:.2f} GiB pruning, {forward['peak']:.2f} GiB plain forward")
     if "device_peak" in pruned:
         print(f"peak device memory: {pruned['device_peak']:.2f} GiB, {forward['device_peak']:.2f} GiB")
+    print(f"\n{footer()}")
 
 
 if __name__ == "__main__":

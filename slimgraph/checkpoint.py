@@ -43,7 +43,7 @@ _REPLACED = ".slimgraph-replaced-"  # the old checkpoint, while the new one take
 def save(
     model: nn.Module,
     directory: str | Path,
-    manifest: Manifest,
+    manifest: Manifest | None,
     *,
     tokenizer: Any = None,
     force: bool = False,
@@ -54,7 +54,8 @@ def save(
         model: a pruned transformers model. Its weights are not changed; it is marked as pruned (`hf.attach`), so that
             its own `save_pretrained` works from then on.
         directory: where to; its parents are made. It must not exist, or be empty.
-        manifest: in what the model differs from its class. Checked against the model before anything is written.
+        manifest: in what the model differs from its class; None for one that does not, an ordinary model. Checked
+            against the model before anything is written.
         tokenizer: saved beside the model if given; anything with `save_pretrained`.
         force: replace a checkpoint that is there.
 
@@ -67,13 +68,15 @@ def save(
     target = Path(directory).resolve()
     _check_model(model)
     check_target(target, force=force)
-    hf.verify(model, manifest)
-    hf.attach(model, manifest)
+    hf.verify(model, manifest or Manifest.empty())
+    if manifest is not None:
+        hf.attach(model, manifest)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _partial(target) as partial:
             _write(model, partial, tokenizer)
-            check_stored(stored_tensors(weight_files(partial)), manifest.stored_shapes(), hf.tied_names(model))
+            shapes = {} if manifest is None else manifest.stored_shapes()
+            check_stored(stored_tensors(weight_files(partial)), shapes, hf.tied_names(model))
             publish(partial, target)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The command line: `slimgraph inspect | explain | prune | eval | bench | compare | demo`.
+"""The command line: `slimgraph inspect | explain | prune | finetune | eval | bench | compare | demo`.
 
 Results go to standard output; progress and messages to standard error. Bad input is one line there and a non-zero exit
 code, 1 for what Slimgraph refuses and 2 for wrong usage; a traceback means a defect.
@@ -17,6 +17,7 @@ from slimgraph.commands.benchmarking import bench_command
 from slimgraph.commands.comparing import compare_command
 from slimgraph.commands.demonstration import demo_command
 from slimgraph.commands.evaluation import eval_command
+from slimgraph.commands.finetuning import finetune_command
 from slimgraph.commands.inspecting import explain_command, inspect_command
 from slimgraph.commands.pruning import prune_command
 from slimgraph.errors import SlimgraphError
@@ -80,6 +81,7 @@ def _common(
 app.command("inspect")(inspect_command)
 app.command("explain")(explain_command)
 app.command("prune")(prune_command)
+app.command("finetune")(finetune_command)
 app.command("eval")(eval_command)
 app.command("bench")(bench_command)
 app.command("compare")(compare_command)

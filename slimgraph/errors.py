@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "CalibrationError",
     "CheckpointError",
+    "DataError",
     "EvaluationError",
     "GraphError",
     "ModelError",
@@ -37,6 +38,10 @@ class PlanError(SlimgraphError):
 
 class CalibrationError(SlimgraphError):
     """Calibration or evaluation text is missing, empty or too short."""
+
+
+class DataError(SlimgraphError):
+    """Records to fine-tune on are missing, empty or malformed."""
 
 
 class NumericsError(SlimgraphError):

@@ -83,6 +83,11 @@ class Manifest:
         self._check_originals()
 
     @classmethod
+    def empty(cls) -> Manifest:
+        """The manifest of a model that is as its class builds it."""
+        return cls({}, {}, {}, {}, {}, {}, {}, {})
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, source: str = "manifest") -> Manifest:
         """Read what `to_dict` wrote.
 

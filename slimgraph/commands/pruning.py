@@ -9,6 +9,7 @@ import torch
 import typer
 
 from slimgraph import checkpoint, distributed
+from slimgraph.capacity import memory_free, memory_needed
 from slimgraph.commands.options import (
     Device,
     Dtype,
@@ -23,7 +24,6 @@ from slimgraph.commands.options import (
 )
 from slimgraph.debug import report
 from slimgraph.errors import ModelError, RecipeError
-from slimgraph.capacity import memory_free, memory_needed
 from slimgraph.pipeline import prune as prune_model
 from slimgraph.pretrained import load_model, load_tokenizer
 from slimgraph.progress import SILENT, Stopwatch
