@@ -18,10 +18,20 @@ import torch
 from torch import Tensor
 
 from slimgraph.errors import CalibrationError, NumericsError
-from slimgraph.moments import Moments, as_rows
+from slimgraph.moments import Moments, as_rows, column_sums
 from slimgraph.progress import Stopwatch
 
-__all__ = ["Combine", "Evidence", "Paired", "Source", "alone", "column_slices", "precision_for", "zero_share"]
+__all__ = [
+    "Combine",
+    "Evidence",
+    "Paired",
+    "Source",
+    "alone",
+    "column_slices",
+    "precision_for",
+    "product_with",
+    "zero_share",
+]
 
 Combine = Callable[[Tensor], Tensor]
 """Sums a tensor over all processes; the result is the same in each."""
@@ -164,7 +174,8 @@ class Evidence:
         mean = self.mean
         squares = torch.zeros_like(mean)
         for x in self._rows():
-            squares += (x - mean.to(x.dtype)).square().sum(0, dtype=torch.float64)
+            centred = x - mean.to(x.dtype)
+            squares += column_sums(centred, centred)
         return self.combine(squares) / self.count
 
     @cached_property
@@ -216,11 +227,14 @@ class Evidence:
         sums = torch.zeros(4, len(weight), dtype=torch.float64, device=self.device)
         with self.watch("statistics"):
             for x in self.inputs:
-                whole = as_rows(_product(x, weight), len(weight))
+                whole = as_rows(_product(x, weight), len(weight))  # new tensors: may be changed in place
                 part = as_rows(_product(x.index_select(-1, channels), sliced), len(weight))
-                whole, part = whole - mean.to(whole.dtype), part - sliced_mean.to(part.dtype)
-                products = (whole, part, whole * part, part * part)
-                sums += torch.stack([p.sum(0).double() for p in products])
+                whole -= mean.to(whole.dtype)
+                part -= sliced_mean.to(part.dtype)
+                sums[0] += column_sums(whole)
+                sums[1] += column_sums(part)
+                sums[2] += column_sums(whole, part)
+                sums[3] += column_sums(part, part)
         rest, sliced_rest, products_sum, squares = self.combine(sums)
         return Paired(
             mean=mean + rest / self.count,
@@ -234,10 +248,7 @@ class Evidence:
         weight, mean = self.weight.to(self.device), self.mean
         if channels is not None:
             weight, mean = weight.index_select(1, channels.to(self.device)), mean[channels.to(self.device)]
-        projected = mean.new_zeros(len(weight))
-        for at in column_slices(weight):
-            projected += weight[:, at].double() @ mean[at]
-        return projected
+        return product_with(weight, mean, self.precision)
 
     # -- checks -------------------------------------------------------------------------------------------------------
 
@@ -247,7 +258,7 @@ class Evidence:
 
     def _require_finite(self, what: str, values: Tensor) -> None:
         # A sum is finite only if all its terms are, and needs no mask of the size of the values.
-        if not torch.isfinite(values.sum(dtype=torch.float64)):
+        if not torch.isfinite(values.sum(dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)):
             raise NumericsError(f"{self.name}: the {what} hold NaN or infinity; expected finite values")
 
     # -- sums over tokens ---------------------------------------------------------------------------------------------
@@ -259,7 +270,7 @@ class Evidence:
         with self.watch("statistics"):
             for x in self._rows():
                 tokens = torch.tensor([len(x)], dtype=torch.float64, device=self.device)
-                sums += torch.cat([tokens, x.sum(0, dtype=torch.float64), x.square().sum(0, dtype=torch.float64)])
+                sums += torch.cat([tokens, column_sums(x), column_sums(x, x)])
         sums = self.combine(sums)
         count = int(sums[0])
         if not count:
@@ -295,6 +306,15 @@ class Evidence:
 def column_slices(weight: Tensor) -> Iterator[slice]:
     """Slices that cover the columns of a weight (out, channels), so that little of it is widened at once."""
     return (slice(i, i + _CHUNK) for i in range(0, weight.shape[1], _CHUNK))
+
+
+def product_with(weight: Tensor, vector: Tensor, precision: torch.dtype, *, squared: bool = False) -> Tensor:
+    """(out,) float64 product of a weight (out, channels), or of its squares, with a vector (channels,)."""
+    sums = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    for at in column_slices(weight):
+        columns = weight[:, at].to(precision)
+        sums += (columns.square() if squared else columns) @ vector[at].to(precision)
+    return sums
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

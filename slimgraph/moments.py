@@ -18,7 +18,9 @@ from torch import Tensor
 
 from slimgraph.errors import CalibrationError, NumericsError
 
-__all__ = ["Moments", "Norms", "as_rows"]
+__all__ = ["Moments", "Norms", "as_rows", "column_sums"]
+
+_ROWS = 256  # tokens that are added up at a time: a few megabytes
 
 
 @dataclass(eq=False)
@@ -71,15 +73,14 @@ class Moments:
         rows = as_rows(x, len(self.mean))
         if not len(rows):
             return
-        # Any shift near the mean serves: what it misses is put right in float64 below.
-        shift = rows.mean(0)
+        shift = (column_sums(rows) / len(rows)).to(rows.dtype)
         rows = rows - shift
-        residue = rows.mean(0, dtype=torch.float64)
+        residue = column_sums(rows) / len(rows)  # what the dtype had no digits for, of a mean far from zero
+        rows -= residue.to(rows.dtype)
+        mean = shift + residue
         scatter = rows.mT @ rows
-        _check_finite(residue + scatter.diagonal())
-
-        self._absorb(len(rows), shift + residue, scatter)
-        self.scatter.addr_(residue, residue, alpha=-len(rows))
+        _check_finite(mean + scatter.diagonal())
+        self._absorb(len(rows), mean, scatter)
 
     def merge(self, other: Moments) -> Moments:
         """Moments of the tokens of both, as a new object (pairwise update of Chan, Golub and LeVeque, 1983)."""
@@ -204,7 +205,7 @@ class Norms:
                 as they were before.
         """
         rows = as_rows(x, len(self.squares))
-        squares = rows.square().sum(0, dtype=torch.float64)
+        squares = column_sums(rows, rows)
         _check_finite(squares)
         self.squares += squares
         self.count += len(rows)
@@ -234,6 +235,22 @@ def as_rows(x: Tensor, channels: int) -> Tensor:
         raise ValueError(f"expected floating-point activations (..., {channels}), got {x.dtype} {tuple(x.shape)}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.detach().reshape(x.shape[:-1].numel(), channels).to(dtype)
+
+
+def column_sums(rows: Tensor, other: Tensor | None = None) -> Tensor:
+    """(channels,) float64 sums over the tokens of rows, or of their products with other rows.
+
+    Some rows at a time are added up in their own dtype, so that they stay in the cache, and those sums in float64.
+
+    Args:
+        rows: (tokens, channels).
+        other: the same shape.
+    """
+    sums = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for i in range(0, len(rows), _ROWS):
+        part = rows[i : i + _ROWS]
+        sums += (part if other is None else part * other[i : i + _ROWS]).sum(0)
+    return sums
 
 
 def _check_finite(per_channel: Tensor) -> None:

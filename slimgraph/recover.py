@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slimgraph.errors import NumericsError
-from slimgraph.evidence import Evidence, column_slices, zero_share
+from slimgraph.evidence import Evidence, product_with, zero_share
 
 __all__ = ["bias_only", "none", "regression"]
 
@@ -77,10 +77,9 @@ def regression(evidence: Evidence, channels: Tensor) -> tuple[Tensor, Tensor]:
     """
     channels = channels.to(evidence.device)
     pair = evidence.paired(channels)
-    # What Y'_c would vary if no two of its terms cancelled.
+    # What the squares of Y'_c would come to if no two of its terms cancelled.
     weight = evidence.weight.to(evidence.device).index_select(1, channels)
-    variances = evidence.variances[channels] * evidence.count
-    scale = sum(weight[:, at].double().square() @ variances[at] for at in column_slices(weight))
+    scale = product_with(weight, evidence.norms[channels].square(), evidence.precision, squared=True)
 
     varies = ~(pair.variance <= zero_share(evidence.precision) * scale)  # NaN counts as varying, to be refused below
     slopes = torch.where(varies, pair.covariance / torch.where(varies, pair.variance, 1.0), 1.0)
@@ -101,7 +100,7 @@ def _finish(evidence: Evidence, channels: Tensor, slopes: Tensor, shift: Tensor)
 def _check_finite(evidence: Evidence, weight: Tensor, bias: Tensor | None) -> None:
     """Refuse a projection that holds NaN or infinity."""
     for what, values in [("weight", weight), ("bias", bias)]:
-        if values is not None and not torch.isfinite(values.sum(dtype=torch.float64)):
+        if values is not None and not torch.isfinite(values).all():
             raise NumericsError(
                 f"{evidence.name}: the {what} of the recovered projection is not finite in {weight.dtype}; look for "
                 f"NaN or infinity in the dense weights and the calibration activations"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slimgraph.errors import NumericsError, PlanError
 from slimgraph.evidence import Evidence, column_slices, zero_share
-from slimgraph.moments import Moments
+from slimgraph.moments import Moments, column_sums
 
 __all__ = [
     "feature_space",
@@ -304,14 +304,15 @@ def _weighted_columns(weight: Tensor, form: Tensor | None, precision: torch.dtyp
     The product with the form is taken in the weight's own dtype where that is a short one: it is the smaller term, and
     what rounding adds to its 4 096 or so summands averages out to some 1e-5 of the score, like that of the weight.
     """
-    product_dtype = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else precision
+    short = weight.dtype in (torch.bfloat16, torch.float16)
+    form = None if form is None else form.to(weight.dtype if short else precision)
     squares = []
     for at in column_slices(weight):
         columns = weight[:, at].to(precision)
-        square = columns.square().sum(0, dtype=torch.float64)
+        square = column_sums(columns, columns)
         if form is not None:
-            product = (form.to(product_dtype) @ columns.to(product_dtype)).to(precision)
-            square = 0.25 * square + (columns * product).sum(0, dtype=torch.float64)
+            product = form @ (weight[:, at] if short else columns)
+            square = 0.25 * square + column_sums(columns, product.to(precision))
         squares.append(square)
     return torch.cat(squares).clamp(min=0).sqrt()
 
