@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "CalibrationError",
     "CheckpointError",
+    "EvaluationError",
     "GraphError",
     "ModelError",
     "NumericsError",
@@ -48,3 +49,7 @@ class CheckpointError(SlimgraphError):
 
 class RecipeError(SlimgraphError):
     """A recipe names an unknown pass or gives a pass a wrong field."""
+
+
+class EvaluationError(SlimgraphError):
+    """A task is unknown or its data cannot be had, or an evaluation does not fit into memory."""

@@ -144,10 +144,11 @@ def test_eval(run: Callable[..., Run], pruned_dir: Path, text: Path, tmp_path: P
     done = run("eval", pruned_dir, "--text", text, "--seq-len", 16, "--json", file)
     assert (done.code, done.err) == (0, "")
     found = json.loads(file.read_text())
-    assert f"perplexity {found['value']:.3f}" in done.out
-    assert found["windows"] * 15 == found["tokens"]
+    measured = found["perplexity"][str(text)]
+    assert f"perplexity {measured['value']:.3f}" in done.out
+    assert measured["windows"] * 15 == measured["tokens"]
     to_stdout = run("eval", pruned_dir, "--text", text, "--seq-len", 16, "--tokens", 64, "--json", "-")
-    assert json.loads(to_stdout.out)["windows"] == 4
+    assert json.loads(to_stdout.out)["perplexity"][str(text)]["windows"] == 4
 
 
 def test_inspect(run: Callable[..., Run], model_dir: Path, pruned_dir: Path) -> None:

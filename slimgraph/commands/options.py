@@ -90,15 +90,22 @@ def check_file_target(target: str | Path | None, option: str) -> None:
 
 
 def write_json(target: str | None, data: dict[str, Any]) -> None:
-    """Write JSON to a file, or to standard output for `-`; NaN and infinity at the top become null."""
+    """Write JSON to a file, or to standard output for `-`; NaN and infinity become null."""
     if target is None:
         return
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()}
-    text = json.dumps(finite, indent=1)
+    text = json.dumps(_finite(data), indent=1)
     if target == "-":
         typer.echo(text)
     else:
         write_text(Path(target), text)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def write_text(path: Path, text: str) -> None:
