@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import slimgraph
 from slimgraph import cli
 from slimgraph.errors import CalibrationError, CheckpointError, RecipeError
 from slimgraph.pretrained import load_model
-from slimgraph.run import RunFile, run
+from slimgraph.run import RunFile, RunReport, run
 
 PASSES = [
     {"pearson": {}},
@@ -42,42 +43,65 @@ def place(
     return folder
 
 
-@pytest.fixture
-def content(place: Path, tmp_path: Path) -> dict[str, Any]:
+def content_of(place: Path, out: Path) -> dict[str, Any]:
     return {
         "model": str(place / "model"),
-        "out": str(tmp_path / "out"),
+        "out": str(out),
         "calibration": {"text": str(place / "text.txt"), "samples": 4, "seq_len": 16},
         "passes": PASSES,
         "evaluate": {"texts": [str(place / "text.txt")], "seq_len": 16, "tokens": 64, "dense": True},
     }
 
 
-def test_prune_and_evaluate(content: dict[str, Any]) -> None:
-    report = run(RunFile.from_dict(content))
+@pytest.fixture
+def content(place: Path, tmp_path: Path) -> dict[str, Any]:
+    return content_of(place, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path) -> tuple[dict[str, Any], RunReport]:
+    """A run that is done; tests may read it and go on with it."""
+    data = content_of(place, place / "out")
+    return data, run(RunFile.from_dict(data))
+
+
+def test_prune_and_evaluate(finished: tuple[dict[str, Any], RunReport]) -> None:
+    content, report = finished
     out = Path(content["out"])
     assert list(report.evaluations) == ["dense", "pruned"]
     assert report.evaluations["pruned"].parameters < report.evaluations["dense"].parameters
-    assert sum(p.numel() for p in slimgraph.load(out / "pruned").parameters()) == report.pruned.parameters_after  # type: ignore[union-attr]
+    assert report.pruned is not None
+    assert sum(p.numel() for p in slimgraph.load(out / "pruned").parameters()) == report.pruned.parameters_after
     saved = json.loads((out / "evaluation.json").read_text())
     assert saved["pruned"]["parameters"] == report.evaluations["pruned"].parameters
     assert RunFile.from_file(out / "run.yaml") == RunFile.from_dict(content)
     assert "all of it in" in repr(report)
 
 
-def test_a_run_goes_on_after_its_last_finished_step(content: dict[str, Any]) -> None:
-    first = run(RunFile.from_dict(content))
+def test_a_run_goes_on_after_its_last_finished_step(finished: tuple[dict[str, Any], RunReport]) -> None:
+    content, first = finished
     weights = Path(content["out"]) / "pruned" / "model.safetensors"
     before = weights.stat().st_mtime_ns
     again = run(RunFile.from_dict(content))
-    assert again.kept == ["pruned"]
+    assert (again.kept, again.pruned) == (["pruned"], None)
     assert weights.stat().st_mtime_ns == before
-    assert again.evaluations["pruned"].perplexities.keys() == first.evaluations["pruned"].perplexities.keys()
-    changed = {**content, "calibration": {**content["calibration"], "seed": 1}}
+    value = {name: e.perplexities[content["evaluate"]["texts"][0]].value for name, e in first.evaluations.items()}
+    assert again.evaluations["pruned"].perplexities[content["evaluate"]["texts"][0]].value == value["pruned"]
+
+
+def test_another_run_in_the_same_folder_is_refused_unless_forced(
+    finished: tuple[dict[str, Any], RunReport], tmp_path: Path
+) -> None:
+    content, _ = finished
+    shutil.copytree(content["out"], tmp_path / "out")
+    changed = {**content, "out": str(tmp_path / "out"), "evaluate": None}
     with pytest.raises(CheckpointError, match="holds something that is not this run"):
         run(RunFile.from_dict(changed))
     assert run(RunFile.from_dict(changed), force=True).kept == []
-    assert weights.stat().st_mtime_ns != before
+    assert run(RunFile.from_dict(changed)).kept == ["pruned"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        run(RunFile.from_dict({**changed, "out": str(tmp_path / "file")}))
 
 
 def test_what_a_step_needs_is_looked_at_before_the_first(content: dict[str, Any]) -> None:
@@ -131,7 +155,7 @@ def test_changes_go_before_the_file(content: dict[str, Any], tmp_path: Path) -> 
 
 
 def test_fine_tuning_and_comparing_are_given_what_the_file_says(
-    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    finished: tuple[dict[str, Any], RunReport], content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The steps of other modules, by stand-ins that note what they are called with."""
     called: dict[str, Any] = {}
@@ -156,6 +180,8 @@ def test_fine_tuning_and_comparing_are_given_what_the_file_says(
         monkeypatch.setitem(sys.modules, f"slimgraph.{name}", module)
     content["finetune"] = {"data": "records.json", "teacher": True, "epochs": 1}
     content["compare"] = {"texts": content["evaluate"]["texts"], "speed": True}
+    shutil.copytree(finished[0]["out"], content["out"])
+    (Path(content["out"]) / "run.yaml").write_text(RunFile.from_dict(content).to_yaml())
     report = run(RunFile.from_dict(content))
     assert called["finetune"]["data"] == "records.json"
     assert called["finetune"]["settings"] == {"epochs": 1}
@@ -168,11 +194,13 @@ def test_fine_tuning_and_comparing_are_given_what_the_file_says(
     assert (Path(content["out"]) / "comparison.md").read_text() == "| a |\n"
 
 
-def test_the_command(content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    finished: tuple[dict[str, Any], RunReport], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(content))
-    assert cli._run(["run", str(file), "--set", "evaluate.dense=false"]) == 0
-    assert "pruned: " in capsys.readouterr().out
+    file.write_text(yaml.safe_dump({**finished[0], "model": "another"}))
+    assert cli._run(["run", str(file), "--set", f"model={finished[0]['model']}"]) == 0
+    assert "pruned: there already, kept" in capsys.readouterr().out
     assert cli._run(["run", str(file), "--set", "evaluate.nothing=1"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
