@@ -8,7 +8,6 @@ what was measured, `run.yaml` the run file itself. A run that was stopped goes o
 from __future__ import annotations
 
 import importlib
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from slimgraph.errors import CheckpointError, ModelError, RecipeError
 from slimgraph.evaluation import Evaluation, evaluate
+from slimgraph.jsontext import json_text
 from slimgraph.pipeline import Result, prune
 from slimgraph.pretrained import load_model, load_tokenizer
 from slimgraph.progress import SILENT, Progress
@@ -387,7 +387,7 @@ def _evaluate(
             model = load(where)
         report.evaluations[name] = evaluate(model, tokenizer, progress=progress, **options)
         found = {name: each.to_dict() for name, each in report.evaluations.items()}
-        _write(report.directory / "evaluation.json", json.dumps(found, indent=1) + "\n")
+        _write(report.directory / "evaluation.json", json_text(found) + "\n")
 
 
 def _compare(
@@ -429,7 +429,7 @@ def _compare(
         speed=bench.Settings() if section.speed else None,
     )
     report.comparison = compare.compare(contenders, measures, progress=progress)
-    _write(report.directory / "comparison.json", json.dumps(report.comparison.to_dict(), indent=1) + "\n")
+    _write(report.directory / "comparison.json", json_text(report.comparison.to_dict()) + "\n")
     _write(report.directory / "comparison.md", report.comparison.to_markdown() + "\n")
 
 

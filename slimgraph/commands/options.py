@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +11,7 @@ import torch
 import typer
 
 from slimgraph.errors import CheckpointError, ModelError
+from slimgraph.jsontext import json_text
 from slimgraph.progress import Progress
 
 __all__ = [
@@ -93,19 +92,11 @@ def write_json(target: str | None, data: dict[str, Any]) -> None:
     """Write JSON to a file, or to standard output for `-`; NaN and infinity become null."""
     if target is None:
         return
-    text = json.dumps(_finite(data), indent=1)
+    text = json_text(data)
     if target == "-":
         typer.echo(text)
     else:
         write_text(Path(target), text)
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def write_text(path: Path, text: str) -> None:
