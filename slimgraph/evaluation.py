@@ -13,7 +13,7 @@ from slimgraph.errors import EvaluationError
 from slimgraph.perplexity import Perplexity, perplexity
 from slimgraph.pretrained import check_finite, check_tokens
 from slimgraph.progress import SILENT, Progress
-from slimgraph.tasks import TaskScores, evaluate_tasks, load_tasks
+from slimgraph.tasks import LoadedTasks, TaskScores, evaluate_tasks, load_tasks
 from slimgraph.text import read_tokens, start_tokens
 
 __all__ = ["Evaluation", "evaluate"]
@@ -71,7 +71,7 @@ def evaluate(
     tokenizer: Any,
     *,
     texts: Sequence[str | Path] = (),
-    tasks: Sequence[str] = (),
+    tasks: Sequence[str] | LoadedTasks = (),
     seq_len: int = 128,
     tokens: int | None = None,
     bos: str = "auto",
@@ -86,7 +86,7 @@ def evaluate(
         model: a causal language model of transformers, dense or pruned.
         tokenizer: of the model.
         texts: files, data sets or their short names, see `slimgraph.text.read_text`.
-        tasks: names of lm-eval's tasks, see `slimgraph.tasks.load_tasks`.
+        tasks: names of lm-eval's tasks, see `slimgraph.tasks.load_tasks`, or what it returned.
         seq_len: tokens per window of the perplexities, at least 2.
         tokens: only the first so many tokens of each text.
         bos: whether windows and prompts begin with a start-of-text token, see `slimgraph.text.start_tokens`.
@@ -108,7 +108,7 @@ def evaluate(
         # Without a start token to every window the tokenizer may still add others, once, as it does to any text.
         special = bos != "never" and not start
         streams = {str(text): read_tokens(text, tokenizer, limit=tokens, special=special) for text in texts}
-    loaded = load_tasks(tasks, include_path=include_path, progress=progress) if tasks else None
+    loaded = _loaded(tasks, include_path, progress)
     check_finite(model)
     for ids in streams.values():
         check_tokens(model, ids[None, :seq_len])
@@ -128,3 +128,11 @@ def evaluate(
         perplexities=perplexities,
         tasks=scores,
     )
+
+
+def _loaded(
+    tasks: Sequence[str] | LoadedTasks, include_path: str | Path | None, progress: Progress
+) -> LoadedTasks | None:
+    if isinstance(tasks, LoadedTasks):
+        return tasks
+    return load_tasks(tasks, include_path=include_path, progress=progress) if tasks else None

@@ -24,6 +24,7 @@ from slimgraph.corpora import NAMED
 from slimgraph.errors import EvaluationError
 from slimgraph.evaluation import evaluate
 from slimgraph.pretrained import load_model, load_tokenizer
+from slimgraph.tasks import load_tasks
 from slimgraph.text import BOS_MODES
 
 __all__ = ["eval_command"]
@@ -63,18 +64,19 @@ def eval_command(
     names = [name for given in tasks or () for name in given.split(",") if name]
     if not text and not names:
         raise EvaluationError("neither --text nor --tasks was given; expected something to measure the model on")
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    # Before the weights: a wrong name is then known at once.
+    harness = load_tasks(names, include_path=include_path, progress=progress) if names else ()
     with progress(f"load {model}"):
-        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         loaded = load_model(model, dtype=precision, device=where, trust_remote_code=trust_remote_code)
     found = evaluate(
         loaded,
         tokenizer,
         texts=text or (),
-        tasks=names,
+        tasks=harness,
         seq_len=seq_len,
         tokens=tokens,
         bos=bos,
-        include_path=include_path,
         limit=limit,
         batch=batch,
         progress=progress,
