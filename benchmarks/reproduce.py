@@ -327,6 +327,8 @@ def ranking(rows: Mapping[tuple[float, str], list[dict[str, Any]]], texts: Seque
                 for (at, name), seeds in rows.items()
                 if at == share
             }
+            if len(means) < 2:
+                continue
             best_first = sorted(means, key=means.__getitem__)
             measured = [name for name in reversed(best_first) if name in expected]
             wanted = [name for name in expected if name in means]
@@ -345,8 +347,12 @@ def describe(options: argparse.Namespace) -> str:
     texts = " ".join(f"--text {name}={Path(path).name}" for name, path in options.text)
     tokens = "" if options.tokens is None else f" --tokens {options.tokens}"
     limit = "" if options.limit is None else f" --limit {options.limit}"
+    folder = "" if options.task_folder is None else f" --task-folder {options.task_folder.name}"
+    records = "" if options.records is None else f" --records {options.records.name}"
+    more = f"{folder}{records}" + ("" if options.most_records is None else f" --most-records {options.most_records}")
     command = (
-        f"python benchmarks/reproduce.py {models} --calibration {options.calibration.name} {texts}{tokens}{limit} "
+        f"python benchmarks/reproduce.py {models} --calibration {options.calibration.name} {texts}"
+        f"{more}{tokens}{limit} "
         f"--seeds {' '.join(map(str, options.seeds))} --of {options.of}{' --ablations' if options.ablations else ''}"
     )
     share = "the decoder layers' parameters" if options.of == "layers" else "all parameters"

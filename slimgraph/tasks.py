@@ -33,6 +33,8 @@ __all__ = ["PAPER_METRICS", "LoadedTasks", "TaskScore", "TaskScores", "evaluate_
 
 PAPER = "paper"
 
+_EXAMPLES_SEED = 1234  # the harness's own, of the examples that a task puts into its prompts
+
 PAPER_METRICS: Mapping[str, str] = {
     "boolq": "acc",
     "piqa": "acc",
@@ -322,7 +324,7 @@ def _tokenizer(tokenizer: Any, bos: str) -> Any:
 def _evaluate(
     model: Any, tokenizer: Any, name: str, found: list[Any], manager: Any, limit: int | None, batch: int, bos: str
 ) -> list[TaskScore]:
-    from lm_eval import simple_evaluate
+    import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     was_training = model.training
@@ -334,16 +336,13 @@ def _evaluate(
             add_bos_token=False if bos == "never" else None,
             prefix_token_id=_before_nothing(tokenizer),
         )
-        results: dict[str, Any] = simple_evaluate(
-            wrapped,
-            tasks=found,
-            limit=limit,
-            task_manager=manager,
-            log_samples=False,
-            random_seed=None,  # the caller's random numbers are not the harness's to set
-            numpy_random_seed=None,
-            torch_random_seed=None,
-        )
+        loaded = manager.load(found)
+        for task in loaded["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=_EXAMPLES_SEED)
+        # Not `simple_evaluate`: that one sets random seeds and runs git in the working directory.
+        results: dict[str, Any] = lm_eval.evaluate(wrapped, task_dict=loaded, limit=limit, log_samples=False)
     except Exception as error:  # whatever a task makes of data that it does not fit
         if is_out_of_memory(error):
             raise

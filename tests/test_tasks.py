@@ -103,8 +103,9 @@ def test_the_average_takes_one_metric_of_each_task() -> None:
 
 
 def test_nothing_of_the_callers_is_changed(
-    tiny_llama: MakeModel, tiny_tokenizer: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+    tiny_llama: MakeModel, tiny_tokenizer: Any, folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
+    monkeypatch.chdir(folder)  # in no repository: the harness would ask git
     model = tiny_llama().train()
     padding, state, ours = tiny_tokenizer.pad_token, torch.get_rng_state(), random.getstate()
     evaluate_tasks(model, tiny_tokenizer, ["tiny_boolq"], include_path=folder, limit=1)
@@ -112,7 +113,7 @@ def test_nothing_of_the_callers_is_changed(
     assert tiny_tokenizer.pad_token == padding
     assert torch.get_rng_state().equal(state)
     assert random.getstate() == ours
-    assert capsys.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_smaller_batch_is_tried(
