@@ -284,7 +284,7 @@ def refused(done: Run, *words: str, code: int = 1) -> None:
         (["--dtype", "int8"], ["--dtype is 'int8'", "float32"]),
         (["--device", "abacus"], ["--device is 'abacus'", "cpu"]),
         (["--device", "meta"], ["no values"]),
-        (["--method", "guess"], ["'guess'", "slimllm, magnitude, wanda, random"]),
+        (["--method", "guess"], ["'guess'", "slimllm, magnitude, wanda, flap, taylor, random"]),
         (["--heads", "odd"], ["'odd'", "balanced"]),
         (["--calibration", "nowhere.txt"], ["nowhere.txt", "does not exist"]),
         (["--samples", "100000"], ["too short", "needed for 100000 samples"]),

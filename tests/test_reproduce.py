@@ -73,7 +73,7 @@ def test_cells_are_worked_out_once_and_end_in_a_table(
     table = (tmp_path / "results.md").read_text()
     rows = [line.split("|")[3].strip() for line in table.splitlines() if line.startswith(("| 0%", "| 20%"))]
     assert rows == ["dense", "SlimLLM"]
-    assert "- 20%, story, best first: " in table
+    assert "best first" not in table  # of one method there is no order
     with pytest.raises(SystemExit, match="other settings"):
         start(script, monkeypatch, [*few, "--samples", "3"])
 
