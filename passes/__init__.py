@@ -12,9 +12,11 @@ if __name__ != "slimgraph.passes":
 
 from slimgraph.passes.allocation import CosineAllocation, UniformAllocation
 from slimgraph.passes.base import Pass, pass_named, pass_names, register
+from slimgraph.passes.fluctuation import Fluctuation, FluctuationAllocation
 from slimgraph.passes.importance import FeatureSpace, Magnitude, Pearson, RandomImportance, WandaSp
 from slimgraph.passes.pruning import ApplyPlan, Sweep
 from slimgraph.passes.recovery import BiasOnly, NoRecovery, Regression
+from slimgraph.passes.taylor import Taylor
 from slimgraph.passes.verification import Verify
 
 __all__ = [
@@ -22,6 +24,8 @@ __all__ = [
     "BiasOnly",
     "CosineAllocation",
     "FeatureSpace",
+    "Fluctuation",
+    "FluctuationAllocation",
     "Magnitude",
     "NoRecovery",
     "Pass",
@@ -29,6 +33,7 @@ __all__ = [
     "RandomImportance",
     "Regression",
     "Sweep",
+    "Taylor",
     "UniformAllocation",
     "Verify",
     "WandaSp",

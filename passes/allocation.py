@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from slimgraph.budget import Goal, at_factor, solve
+from slimgraph.budget import Budget, Goal, at_factor, solve
 from slimgraph.errors import CalibrationError, NumericsError, PlanError, RecipeError
 from slimgraph.groups import Structure
 from slimgraph.passes.base import Pass, register
@@ -60,10 +60,11 @@ class _Allocation(Pass):
         added = {s.name: _size(structure, out[s.name]) for s in sites if state.fit_adds_bias and s.bias is None}
         goal = Goal(structure, state.units, weights, state.sizes, added, self.round_to)
         with state.watch("allocation"):
-            if self.ratio is not None:
-                state.budget = solve(goal, self.ratio)
-            elif self.unit_ratio is not None:
-                state.budget = at_factor(goal, self.unit_ratio)
+            state.budget = self.budget(goal, structure, state)
+
+    def budget(self, goal: Goal, structure: Structure, state: State) -> Budget:
+        """How many units stay at each site."""
+        return at_factor(goal, self.unit_ratio or 0.0) if self.ratio is None else solve(goal, self.ratio)
 
     def weights(self, structure: Structure, state: State) -> Mapping[int, float]:
         """Layer -> how strongly it is cut relative to the others."""
@@ -79,10 +80,28 @@ def _size(structure: Structure, term: object) -> int:
 @register
 @dataclass(frozen=True)
 class UniformAllocation(_Allocation):
-    """Every layer loses the same share."""
+    """Every layer loses the same share.
+
+    Attributes:
+        spare_first: share of the layers that stay whole at the beginning, rounded; LLM-Pruner spares 4 of 32.
+        spare_last: the same at the end, where LLM-Pruner spares 2 of 32.
+    """
+
+    spare_first: float = 0.0
+    spare_last: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.spare_first, self.spare_last) < 0 or self.spare_first + self.spare_last >= 1:
+            raise RecipeError(
+                f"{self.name}: spare_first is {self.spare_first} and spare_last {self.spare_last}; expected shares of "
+                "the layers, together below 1"
+            )
 
     def weights(self, structure: Structure, state: State) -> Mapping[int, float]:
-        return dict.fromkeys(_cut_layers(structure, state), 1.0)
+        layers = _cut_layers(structure, state)
+        first, last = (round(share * len(layers)) for share in (self.spare_first, self.spare_last))
+        return dict.fromkeys(layers[first : len(layers) - last], 1.0)
 
 
 @register

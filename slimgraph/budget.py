@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from slimgraph.errors import PlanError
 from slimgraph.groups import Structure
 from slimgraph.units import Units, parameter_count
 
-__all__ = ["Budget", "Goal", "at_factor", "keep_at", "solve"]
+__all__ = ["Budget", "Goal", "at_factor", "keep_at", "solve", "solve_ranked"]
 
 _STEPS = 60  # bisection steps; the widths are whole numbers long before
 
@@ -81,23 +83,9 @@ def solve(goal: Goal, ratio: float) -> Budget:
     Raises:
         PlanError: the ratio is not between 0 and 1, nothing may be cut, or the ratio cannot be reached.
     """
-    if not 0 <= ratio < 1:
-        raise PlanError(f"ratio is {ratio}; expected a share of all parameters, 0 <= ratio < 1")
-    before = sum(goal.sizes.values())
-    wanted = before * (1 - ratio)
-    most = max(goal.weights.values(), default=0.0)
-    if most <= 0 or not goal.sites:
-        raise PlanError(
-            "no layer may be cut: no site was found that writes to the residual stream and has units of its own"
-        )
+    before, wanted = _wanted(goal, ratio)
     low, high = 0.0, 1 / min(w for w in goal.weights.values() if w > 0)
-    if _after(goal, _keep(goal, high)) > wanted + _tolerance(goal, before):
-        reachable = 1 - _after(goal, _keep(goal, high)) / before
-        raise PlanError(
-            f"ratio {ratio:g} cannot be reached: with every unit but the last removed from {len(goal.weights)} "
-            f"layers, {reachable:.4f} of the {before:,} parameters go. Ask for at most {reachable:.4f}, "
-            "or let more layers be cut"
-        )
+    _check_reachable(goal, _keep(goal, high), ratio)
     for _ in range(_STEPS):
         middle = (low + high) / 2
         if _after(goal, _keep(goal, middle)) > wanted:
@@ -109,6 +97,45 @@ def solve(goal: Goal, ratio: float) -> Budget:
     return Budget(keep, ratios, before, _after(goal, keep))
 
 
+def solve_ranked(goal: Goal, scores: Mapping[str, Tensor], ratio: float) -> Budget:
+    """Unit counts that remove `ratio` of all parameters when units of all sites go in the order of one ranking.
+
+    The threshold on the scores is found by bisection; what rounding leaves is made up site by site. Where a site has
+    several blocks, each keeps the mean over them, so that they stay equally large.
+
+    Args:
+        goal: what is solved for; layers of weight 0 are left alone, other weights do not matter.
+        scores: site name -> (units,), comparable between sites; what scores lowest goes first.
+        ratio: share of all parameters that goes.
+
+    Raises:
+        PlanError: as for `solve`.
+    """
+    before, wanted = _wanted(goal, ratio)
+    cut = [u for u in goal.sites if goal.weights.get(_layer(u), 0.0) > 0]
+    ranking = sorted({float(s) for u in cut for s in scores[u.site.name]})
+
+    def keep(gone: int) -> dict[str, int]:
+        """What stays when everything below the score of that rank goes."""
+        widths = {u.site.name: u.block_size for u in goal.sites}
+        for u in cut:
+            mine = scores[u.site.name]
+            below = 1.0 if gone == len(ranking) else float((mine < ranking[gone]).double().mean())
+            widths[u.site.name] = keep_at(u, below, goal.round_to)
+        return widths
+
+    low, high = 0, len(ranking)
+    _check_reachable(goal, keep(high), ratio)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _after(goal, keep(middle)) > wanted:
+            low = middle
+        else:
+            high = middle
+    kept = _make_up(goal, keep(low), keep(high), wanted)
+    return Budget(kept, _shares(cut, kept), before, _after(goal, kept))
+
+
 def at_factor(goal: Goal, factor: float) -> Budget:
     """The budget where layer l loses the share factor * weights[l] of its units: SlimLLM's own ratio."""
     keep = _keep(goal, factor)
@@ -116,13 +143,44 @@ def at_factor(goal: Goal, factor: float) -> Budget:
     return Budget(keep, ratios, sum(goal.sizes.values()), _after(goal, keep))
 
 
-def _keep(goal: Goal, factor: float) -> dict[str, int]:
-    return {
-        u.site.name: keep_at(
-            u, factor * goal.weights.get(u.site.layer if u.site.layer is not None else -1, 0.0), goal.round_to
+def _wanted(goal: Goal, ratio: float) -> tuple[int, float]:
+    """Parameters before, and how many should be left; refuses what cannot be meant."""
+    if not 0 <= ratio < 1:
+        raise PlanError(f"ratio is {ratio}; expected a share of all parameters, 0 <= ratio < 1")
+    if max(goal.weights.values(), default=0.0) <= 0 or not goal.sites:
+        raise PlanError(
+            "no layer may be cut: no site was found that writes to the residual stream and has units of its own"
         )
-        for u in goal.sites
-    }
+    before = sum(goal.sizes.values())
+    return before, before * (1 - ratio)
+
+
+def _check_reachable(goal: Goal, fewest: Mapping[str, int], ratio: float) -> None:
+    before = sum(goal.sizes.values())
+    least = _after(goal, fewest)
+    if least > before * (1 - ratio) + _tolerance(goal, before):
+        reachable = 1 - least / before
+        raise PlanError(
+            f"ratio {ratio:g} cannot be reached: with every unit but the last removed from {len(goal.weights)} "
+            f"layers, {reachable:.4f} of the {before:,} parameters go. Ask for at most {reachable:.4f}, "
+            "or let more layers be cut"
+        )
+
+
+def _layer(units: Units) -> int:
+    return units.site.layer if units.site.layer is not None else -1
+
+
+def _shares(cut: Sequence[Units], keep: Mapping[str, int]) -> dict[int, float]:
+    """Layer -> share of units that goes, averaged over its sites."""
+    shares: dict[int, list[float]] = {}
+    for u in cut:
+        shares.setdefault(_layer(u), []).append(1 - keep[u.site.name] / u.block_size)
+    return {layer: sum(found) / len(found) for layer, found in shares.items()}
+
+
+def _keep(goal: Goal, factor: float) -> dict[str, int]:
+    return {u.site.name: keep_at(u, factor * goal.weights.get(_layer(u), 0.0), goal.round_to) for u in goal.sites}
 
 
 def _after(goal: Goal, keep: Mapping[str, int]) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `slimgraph inspect | explain | prune | finetune | eval | bench | compare | demo`.
+"""The command line: `slimgraph inspect | explain | prune | finetune | eval | bench | compare | run | demo`.
 
 Results go to standard output; progress and messages to standard error. Bad input is one line there and a non-zero exit
 code, 1 for what Slimgraph refuses and 2 for wrong usage; a traceback means a defect.
@@ -20,6 +20,7 @@ from slimgraph.commands.evaluation import eval_command
 from slimgraph.commands.finetuning import finetune_command
 from slimgraph.commands.inspecting import explain_command, inspect_command
 from slimgraph.commands.pruning import prune_command
+from slimgraph.commands.running import run_command
 from slimgraph.errors import SlimgraphError
 
 __all__ = ["app", "main"]
@@ -85,4 +86,5 @@ app.command("finetune")(finetune_command)
 app.command("eval")(eval_command)
 app.command("bench")(bench_command)
 app.command("compare")(compare_command)
+app.command("run")(run_command)
 app.command("demo")(demo_command)

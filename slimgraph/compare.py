@@ -22,7 +22,7 @@ from slimgraph.pipeline import Calibration, prune
 from slimgraph.pretrained import check_tokens
 from slimgraph.progress import SILENT, Progress
 from slimgraph.tables import Column, bytes_of, count_of, to_markdown, to_text
-from slimgraph.text import read_tokens
+from slimgraph.text import read_tokens, start_tokens
 
 __all__ = ["Comparison", "Contender", "Entry", "Measures", "TaskRunner", "compare", "sweep"]
 
@@ -224,7 +224,14 @@ def _entry(
     found: dict[str, Perplexity] = {}
     for text, tokens in ids.items():
         check_tokens(model, tokens[None, : measures.seq_len])
-        found[text] = perplexity(model, tokens, seq_len=measures.seq_len, batch=measures.batch, progress=progress)
+        found[text] = perplexity(
+            model,
+            tokens,
+            seq_len=measures.seq_len,
+            batch=measures.batch,
+            start=start_tokens(contender.tokenizer),
+            progress=progress,
+        )
     return Entry(
         name=contender.name,
         cost=counted,
@@ -240,7 +247,13 @@ def _token_ids(contender: Contender, measures: Measures) -> dict[str, Tensor]:
     sources = {Path(text).stem or str(text): text for text in measures.texts}
     if len(sources) < len(measures.texts):
         sources = {str(text): text for text in measures.texts}  # of files that are called alike the whole path
-    return {name: read_tokens(text, contender.tokenizer, limit=measures.tokens) for name, text in sources.items()}
+    if not sources:
+        return {}
+    special = not start_tokens(contender.tokenizer)  # those stand before every window instead
+    return {
+        name: read_tokens(text, contender.tokenizer, limit=measures.tokens, special=special)
+        for name, text in sources.items()
+    }
 
 
 def _notes(measures: Measures, ids: Mapping[str, Mapping[str, Tensor]], speeds: Bench | None) -> list[str]:

@@ -1,13 +1,15 @@
 """Perplexity of a model on a stream of tokens, as the pruning literature measures it.
 
 The stream is cut into windows without overlap; each window is predicted on its own, from its first token on; the mean
-runs over every predicted token of every window.
+runs over every predicted token of every window. Where windows begin with a start-of-text token, all of their text is
+predicted.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slimgraph.errors import NumericsError
+from slimgraph.memory import halved, is_out_of_memory
 from slimgraph.progress import SILENT, Progress
 from slimgraph.text import windows
 
@@ -29,7 +32,7 @@ class Perplexity:
 
     Attributes:
         value: exp of the mean negative log-likelihood over the predicted tokens.
-        tokens: number of predicted tokens, `seq_len - 1` per window.
+        tokens: number of predicted tokens, `seq_len - max(1, start-of-text tokens)` per window.
         windows: number of windows.
         standard_error: of `value`, from the spread of the windows' mean losses (delta method); NaN for one window.
         seconds: wall-clock time of the evaluation.
@@ -47,6 +50,7 @@ def perplexity(
     tokens: Tensor,
     *,
     seq_len: int = 128,
+    start: Sequence[int] = (),
     batch: int = 8,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
@@ -59,28 +63,31 @@ def perplexity(
         model: called with (b, seq_len) int64 token ids, b <= batch; returns (b, seq_len, vocabulary) logits, or an
             output that has them as `.logits`.
         tokens: (n,) int64, one stream; the tail that does not fill a window is left out.
-        seq_len: tokens per window, at least 2.
-        batch: windows per call.
+        seq_len: tokens per window, at least 2, those of `start` counted.
+        start: tokens that stand before every window, see `slimgraph.text.start_tokens`; they are not predicted.
+        batch: windows per call; halved as often as memory runs out.
         device: where the model's input goes; by default where its first parameter is.
         progress: shows the windows done.
 
     Raises:
         CalibrationError: there are fewer tokens than one window.
         NumericsError: the loss of a window is NaN or infinite.
+        EvaluationError: not even one window fits into memory.
     """
     if seq_len < 2 or batch < 1:
         raise ValueError(f"perplexity needs seq_len >= 2 and batch >= 1, not seq_len={seq_len} and batch={batch}")
-    rows = windows(tokens, seq_len)
+    rows = windows(tokens, seq_len, start=start)
+    given = max(1, len(start))
     where = device if device is not None else _device_of(model)
-    start = time.perf_counter()
-    losses = _window_losses(model, rows, batch, where, progress or SILENT)
-    seconds = time.perf_counter() - start
+    begun = time.perf_counter()
+    losses = _window_losses(model, rows, given, batch, where, progress or SILENT)
+    seconds = time.perf_counter() - begun
 
     value = _exp(float(losses.mean()))
     error = float(losses.std(correction=1)) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
     return Perplexity(
         value=value,
-        tokens=len(losses) * (seq_len - 1),
+        tokens=len(losses) * (seq_len - given),
         windows=len(losses),
         standard_error=value * error,  # d exp(m) = exp(m) dm
         seconds=seconds,
@@ -89,28 +96,37 @@ def perplexity(
 
 @torch.no_grad()
 def _window_losses(
-    model: nn.Module, rows: Tensor, batch: int, device: str | torch.device, progress: Progress
+    model: nn.Module, rows: Tensor, given: int, batch: int, device: str | torch.device, progress: Progress
 ) -> Tensor:
-    """Mean loss of each window: (n,) float64, finite."""
+    """Mean loss of each window's tokens after the first `given`: (n,) float64, finite."""
     was_training = model.training
     if was_training:
         model.eval()
     losses: list[float] = []
     try:
         with progress("perplexity", total=len(rows)) as tick:
-            for inputs in torch.split(rows, batch):
-                losses += _batch_losses(model, inputs.to(device), first_window=len(losses))
-                tick(len(inputs))
+            while len(losses) < len(rows):
+                inputs = rows[len(losses) : len(losses) + batch]
+                try:
+                    found = _batch_losses(model, inputs.to(device), given, first_window=len(losses))
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    found = []
+                if not found:  # outside the handler: the traceback would keep what did not fit alive
+                    batch = halved(len(inputs), "perplexity")
+                losses += found
+                tick(len(found))
     finally:
         if was_training:
             model.train()
     return torch.tensor(losses, dtype=torch.float64)
 
 
-def _batch_losses(model: nn.Module, inputs: Tensor, first_window: int) -> list[float]:
+def _batch_losses(model: nn.Module, inputs: Tensor, given: int, first_window: int) -> list[float]:
     output = model(inputs)
     logits = output if isinstance(output, Tensor) else output.logits
-    losses = [_mean_loss(logits[row, :-1], inputs[row, 1:]) for row in range(len(inputs))]
+    losses = [_mean_loss(logits[row, given - 1 : -1], inputs[row, given:]) for row in range(len(inputs))]
     for row, loss in enumerate(losses):
         if not math.isfinite(loss):
             raise NumericsError(

@@ -128,7 +128,7 @@ def prune(
         tokenizer: of the model, for a calibration text.
         samples: number of windows that are drawn from a calibration text.
         seq_len: tokens of each window.
-        recipe: a `Recipe`, or the name of a method: "slimllm", "magnitude", "wanda" or "random".
+        recipe: a `Recipe`, or the name of a method, see `slimgraph.recipe.method`.
         recovery: "regression", "bias_only" or "no_recovery" instead of the method's own; see `slimgraph.recipe.method`.
         heads: "kv", "balanced" or "auto": what goes under grouped-query attention.
         round_to: kept channels are a multiple of this.

@@ -15,6 +15,8 @@ from slimgraph.passes import (
     BiasOnly,
     CosineAllocation,
     FeatureSpace,
+    Fluctuation,
+    FluctuationAllocation,
     Magnitude,
     NoRecovery,
     Pass,
@@ -22,6 +24,7 @@ from slimgraph.passes import (
     RandomImportance,
     Regression,
     Sweep,
+    Taylor,
     UniformAllocation,
     Verify,
     WandaSp,
@@ -30,7 +33,7 @@ from slimgraph.passes import (
 
 __all__ = ["METHODS", "Recipe", "method"]
 
-METHODS = ("slimllm", "magnitude", "wanda", "random")
+METHODS = ("slimllm", "magnitude", "wanda", "flap", "taylor", "random")
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,10 @@ def method(
     """The recipe of a named method.
 
     Args:
-        name: "slimllm", the published method in full; "magnitude", "wanda" or "random" for comparison: these cut all
+        name: "slimllm", the published method in full; the others for comparison. "flap" ranks the units of all layers
+            together and puts the mean of what goes into the bias. "taylor" needs gradients (see
+            `slimgraph.passes.taylor` for what they cost), spares the first eighth and the last sixteenth of the layers
+            as LLM-Pruner does, cuts the others alike and refits nothing. "magnitude", "wanda" and "random" cut all
             layers alike and refit nothing.
         ratio: share of all parameters that goes.
         recovery: recipe name of the recovery pass, "regression", "bias_only" or "no_recovery"; the method's own by
@@ -114,6 +120,12 @@ def method(
     if name == "slimllm":
         allocation = CosineAllocation(ratio=ratio, heads=heads, round_to=round_to)
         return Recipe((Pearson(), FeatureSpace(), _recovery(recovery or "regression"), allocation, Sweep(), Verify()))
+    if name == "flap":
+        ranked = FluctuationAllocation(ratio=ratio, heads=heads, round_to=round_to)
+        return Recipe((Fluctuation(), _recovery(recovery or "bias_only"), ranked, Sweep(), Verify()))
+    if name == "taylor":
+        inner = UniformAllocation(ratio=ratio, heads=heads, round_to=round_to, spare_first=4 / 32, spare_last=2 / 32)
+        return Recipe((Taylor(), _recovery(recovery or "no_recovery"), inner, Sweep(), Verify()))
     scores: dict[str, Pass] = {"magnitude": Magnitude(), "wanda": WandaSp(), "random": RandomImportance(seed=seed)}
     if name not in scores:
         raise RecipeError(f"no method is called {name!r}; there are {', '.join(METHODS)}")

@@ -8,15 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from slimgraph import hub
+from slimgraph import corpora
+from slimgraph.corpora import BETWEEN
 from slimgraph.errors import CalibrationError
 
 __all__ = [
+    "BOS_MODES",
     "Tokenizer",
     "calibration_batch",
     "calibration_tokens",
@@ -24,12 +26,13 @@ __all__ = [
     "is_source",
     "read_text",
     "read_tokens",
+    "start_tokens",
     "tokenize",
     "windows",
 ]
 
-_COLUMN = "text"  # of a data set
-_BETWEEN = "\n\n"  # texts that are joined
+BOS_MODES = ("auto", "always", "never")
+
 _SHORTEST_PARAGRAPH = 80  # characters of a paragraph that counts as prose
 _LONGEST_PATH = 1024
 _TEXT_SUFFIXES = {".csv", ".json", ".jsonl", ".log", ".md", ".parquet", ".rst", ".text", ".txt"}
@@ -44,13 +47,14 @@ class Tokenizer(Protocol):
         """Tokenise `text`."""
 
 
-def read_tokens(source: str | Path, tokenizer: Tokenizer, *, limit: int | None = None) -> Tensor:
+def read_tokens(source: str | Path, tokenizer: Tokenizer, *, limit: int | None = None, special: bool = True) -> Tensor:
     """Read text and tokenise it as one stream.
 
     Args:
         source: see `read_text`.
-        tokenizer: of the model; special tokens are added once, as it adds them to any text.
+        tokenizer: of the model.
         limit: at most so many tokens, from the start; a large data set is then not downloaded whole.
+        special: add special tokens once, as the tokenizer does to any text; without, the stream is the text alone.
 
     Returns:
         (n,) int64 token ids.
@@ -59,7 +63,7 @@ def read_tokens(source: str | Path, tokenizer: Tokenizer, *, limit: int | None =
         CalibrationError: the source is missing, empty, not text, or cannot be reached.
     """
     text = read_text(source, limit=None if limit is None else limit * _CHARACTERS_PER_TOKEN)
-    tokens = tokenize(text, tokenizer)
+    tokens = tokenize(text, tokenizer, special=special)
     return tokens if limit is None else tokens[:limit]
 
 
@@ -67,8 +71,9 @@ def read_text(source: str | Path, *, limit: int | None = None) -> str:
     """Read text from a file or from a data set of the hub.
 
     Args:
-        source: path of a UTF-8 text file, or `name[:config][@split]` of a data set as `datasets` knows it. Its column
-            `text` is taken; its rows are joined by empty lines. The split is `train` unless said.
+        source: path of a UTF-8 text file; a short name of `slimgraph.corpora.NAMED`, like `wikitext2`; or
+            `name[:config][@split]` of a data set as `datasets` knows it. Of the last the column `text` is taken and the
+            split is `train` unless said. Rows are joined by empty lines.
         limit: at most so many characters, from the start, cut at the end of a line where there is one; a data set is
             then streamed, not downloaded whole.
 
@@ -76,18 +81,19 @@ def read_text(source: str | Path, *, limit: int | None = None) -> str:
         CalibrationError: the source is missing, empty, not text, or cannot be reached.
     """
     path = Path(source).expanduser()
-    text = _read_file(path) if _is_path(source, path) else _read_dataset(str(source), limit)
+    text = _read_file(path) if _is_path(source, path) else corpora.read(str(source), limit)
     if not text.strip():
         raise CalibrationError(f"no text in {source}: expected some lines of plain text, found none")
     return text if limit is None else _cut(text, limit)
 
 
-def tokenize(text: str | list[str], tokenizer: Tokenizer) -> Tensor:
+def tokenize(text: str | list[str], tokenizer: Tokenizer, *, special: bool = True) -> Tensor:
     """Tokenise as one stream.
 
     Args:
         text: a text, or several, which are joined by empty lines.
         tokenizer: of the model.
+        special: add special tokens, as the tokenizer does to any text.
 
     Returns:
         (n,) int64 token ids.
@@ -95,16 +101,58 @@ def tokenize(text: str | list[str], tokenizer: Tokenizer) -> Tensor:
     Raises:
         CalibrationError: there is no text, or the tokenizer makes no tokens of it.
     """
-    whole = text if isinstance(text, str) else _BETWEEN.join(text)
+    whole = text if isinstance(text, str) else BETWEEN.join(text)
     # Not in pieces: where a piece ends, some tokenizers merge differently.
-    ids = tokenizer(whole, verbose=False)["input_ids"] if whole else []
+    options = {} if special else {"add_special_tokens": False}
+    ids = tokenizer(whole, verbose=False, **options)["input_ids"] if whole else []
     if not ids:
         raise CalibrationError(f"no tokens in a text of {len(whole)} characters: expected plain text that is not empty")
     return torch.tensor(ids, dtype=torch.int64)
 
 
+def start_tokens(tokenizer: Any, bos: str = "auto") -> list[int]:
+    """The start-of-text tokens that stand before every window.
+
+    Some models were never trained on text without one, and make nonsense of it. Their tokenizers add one to any text
+    by themselves, and that is what "auto" goes by.
+
+    Args:
+        tokenizer: of the model.
+        bos: "auto": what the tokenizer puts before a text by itself, often nothing; "always": that, or else its
+            start-of-text token; "never": nothing.
+
+    Returns:
+        Token ids, none or one as a rule.
+
+    Raises:
+        CalibrationError: `bos` is none of these, or the tokenizer has no start-of-text token to add always.
+    """
+    if bos not in BOS_MODES:
+        raise CalibrationError(f"bos is {bos!r}; expected one of {', '.join(BOS_MODES)}")
+    if bos == "never":
+        return []
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
+    added = [int(each) for each in whole[: starts[0]]] if bare and starts else []
+    if added or bos == "auto":
+        return added
+    own = getattr(tokenizer, "bos_token_id", None)
+    if own is None:
+        raise CalibrationError(
+            "bos is 'always', and this tokenizer has no start-of-text token; expected one: use 'auto' or 'never'"
+        )
+    return [int(own)]
+
+
 def calibration_tokens(
-    text: str | Path | Sequence[str], tokenizer: Tokenizer, *, samples: int = 32, seq_len: int = 128, seed: int = 0
+    text: str | Path | Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    samples: int = 32,
+    seq_len: int = 128,
+    seed: int = 0,
+    bos: str = "auto",
 ) -> Tensor:
     """Calibration windows from a text or from where it lies.
 
@@ -114,8 +162,9 @@ def calibration_tokens(
         tokenizer: of the model.
         samples: number of windows. Of a very long text only the first part is drawn from: a million tokens, or 64 times
             as many as are drawn.
-        seq_len: tokens per window.
+        seq_len: tokens per window, start-of-text tokens counted.
         seed: of the draw.
+        bos: whether every window begins with a start-of-text token, see `start_tokens`.
 
     Returns:
         (samples, seq_len) int64.
@@ -123,12 +172,13 @@ def calibration_tokens(
     Raises:
         CalibrationError: the text is missing, empty or too short.
     """
+    start = start_tokens(tokenizer, bos)
     if isinstance(text, Path) or (isinstance(text, str) and is_source(text)):
         limit = max(_FEWEST_TOKENS, 64 * samples * seq_len)
-        tokens = read_tokens(text, tokenizer, limit=limit)
+        tokens = read_tokens(text, tokenizer, limit=limit, special=not start)
     else:
-        tokens = tokenize(text if isinstance(text, str) else list(text), tokenizer)
-    return calibration_batch(tokens, samples=samples, seq_len=seq_len, seed=seed)
+        tokens = tokenize(text if isinstance(text, str) else list(text), tokenizer, special=not start)
+    return calibration_batch(tokens, samples=samples, seq_len=seq_len, seed=seed, start=start)
 
 
 def is_source(text: str) -> bool:
@@ -139,14 +189,15 @@ def is_source(text: str) -> bool:
     return bool(words) and "\n" not in text and len(text) < _LONGEST_PATH and Path(text).expanduser().is_file()
 
 
-def calibration_batch(tokens: Tensor, *, samples: int, seq_len: int, seed: int) -> Tensor:
+def calibration_batch(tokens: Tensor, *, samples: int, seq_len: int, seed: int, start: Sequence[int] = ()) -> Tensor:
     """Draw windows that do not overlap, at random.
 
     Args:
         tokens: (n,) int64, one stream.
         samples: number of windows.
-        seq_len: tokens per window.
+        seq_len: tokens per window, those of `start` counted.
         seed: of the draw; the same seed draws the same windows from the same stream.
+        start: tokens that stand before every window.
 
     Returns:
         (samples, seq_len) int64, in the order drawn.
@@ -156,37 +207,45 @@ def calibration_batch(tokens: Tensor, *, samples: int, seq_len: int, seed: int) 
     """
     if samples < 1 or seq_len < 1:
         raise CalibrationError(f"calibration needs at least 1 sample of 1 token, not {samples} of {seq_len}")
-    needed = samples * seq_len
+    needed = samples * (seq_len - len(start))
     if len(tokens) < needed:
         raise CalibrationError(
             f"the calibration text is too short: {len(tokens)} tokens found, {needed} needed for {samples} samples of "
             f"{seq_len}; give a longer text or ask for fewer or shorter samples"
         )
-    rows = windows(tokens, seq_len)
+    rows = windows(tokens, seq_len, start=start)
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return rows[drawn[:samples]]
 
 
-def windows(tokens: Tensor, seq_len: int) -> Tensor:
+def windows(tokens: Tensor, seq_len: int, *, start: Sequence[int] = ()) -> Tensor:
     """Cut a stream into windows without overlap, dropping the tail.
 
     Args:
         tokens: (n,) int64, one stream.
-        seq_len: tokens per window.
+        seq_len: tokens per window, those of `start` counted.
+        start: tokens that stand before every window.
 
     Returns:
-        (n // seq_len, seq_len) int64, at least one row; a view of `tokens`.
+        (n // (seq_len - len(start)), seq_len) int64, at least one row; a view of `tokens` when `start` is empty.
 
     Raises:
-        CalibrationError: the stream is shorter than one window.
+        CalibrationError: the stream is shorter than one window, or the window too short for `start`.
     """
-    count = len(tokens) // seq_len
+    length = seq_len - len(start)
+    if length < 1:
+        raise CalibrationError(
+            f"windows of {seq_len} tokens have no room for text beside {len(start)} start-of-text tokens; ask for "
+            "longer windows"
+        )
+    count = len(tokens) // length
     if count == 0:
         raise CalibrationError(
-            f"the text is too short: {len(tokens)} tokens found, {seq_len} needed for one window; give a longer text "
+            f"the text is too short: {len(tokens)} tokens found, {length} needed for one window; give a longer text "
             "or ask for shorter windows"
         )
-    return tokens[: count * seq_len].view(count, seq_len)
+    rows = tokens[: count * length].view(count, length)
+    return rows if not start else torch.cat([tokens.new_tensor([list(start)]).expand(count, -1), rows], dim=1)
 
 
 def _is_path(source: str | Path, path: Path) -> bool:
@@ -222,56 +281,6 @@ def _cut(text: str, limit: int) -> str:
     return text[: line_end + 1 if line_end >= limit // 2 else limit]
 
 
-class _DatasetName(NamedTuple):
-    name: str
-    config: str | None
-    split: str
-
-
-def _parse_dataset(spec: str) -> _DatasetName:
-    name_and_config, _, split = spec.partition("@")
-    name, _, config = name_and_config.partition(":")
-    return _DatasetName(name, config or None, split or "train")
-
-
-def _read_dataset(spec: str, limit: int | None) -> str:
-    """The data set's text, rows joined by empty lines: at least `limit` characters where there are so many."""
-    import datasets
-
-    name, config, split = _parse_dataset(spec)
-    with hub.without_waiting() as online:
-        try:
-            rows = datasets.load_dataset(name, config, split=split, streaming=limit is not None and online)
-            _check_columns(spec, rows)
-            return _join(rows, limit)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0] if online else "the hub cannot be reached"
-            raise CalibrationError(
-                f"{spec} is neither a text file here nor a data set that can be read ({reason}): give the path of a "
-                "UTF-8 text file, or name[:config][@split] of a data set on the hub or in its local cache"
-            ) from error
-
-
-def _check_columns(spec: str, rows: Any) -> None:
-    columns = rows.column_names or list(next(iter(rows), {}))
-    if _COLUMN not in columns:
-        raise CalibrationError(
-            f"the data set {spec} has no column {_COLUMN!r}, found {', '.join(map(repr, columns)) or 'none'}: write "
-            "its text to a file and give that"
-        )
-
-
-def _join(rows: Any, limit: int | None) -> str:
-    texts: list[str] = []
-    characters = 0
-    for row in rows:
-        texts.append(row[_COLUMN])
-        characters += len(texts[-1]) + len(_BETWEEN)
-        if limit is not None and characters > limit:
-            break
-    return _BETWEEN.join(texts)
-
-
 def demo_texts() -> tuple[str, str]:
     """Two different English texts that every Python carries: prose of the Python language reference.
 
@@ -301,7 +310,7 @@ def demo_texts() -> tuple[str, str]:
         paragraphs = [paragraph for paragraph in _prose(topics[name]) if paragraph not in seen]
         seen.update(paragraphs)
         (evaluation if name in _EVALUATION_TOPICS else calibration).extend(paragraphs)
-    return _BETWEEN.join(calibration), _BETWEEN.join(evaluation)
+    return BETWEEN.join(calibration), BETWEEN.join(evaluation)
 
 
 _EVALUATION_TOPICS = frozenset(

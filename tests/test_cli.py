@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -144,10 +145,41 @@ def test_eval(run: Callable[..., Run], pruned_dir: Path, text: Path, tmp_path: P
     done = run("eval", pruned_dir, "--text", text, "--seq-len", 16, "--json", file)
     assert (done.code, done.err) == (0, "")
     found = json.loads(file.read_text())
-    assert f"perplexity {found['value']:.3f}" in done.out
-    assert found["windows"] * 15 == found["tokens"]
+    measured = found["perplexity"][str(text)]
+    assert f"perplexity {measured['value']:.3f}" in done.out
+    assert measured["windows"] * 15 == measured["tokens"]
     to_stdout = run("eval", pruned_dir, "--text", text, "--seq-len", 16, "--tokens", 64, "--json", "-")
-    assert json.loads(to_stdout.out)["windows"] == 4
+    assert json.loads(to_stdout.out)["perplexity"][str(text)]["windows"] == 4
+
+
+def test_eval_on_several_texts_with_a_start_token(
+    run: Callable[..., Run],
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    tiny_tokenizer: Any,
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    starting = copy.deepcopy(tiny_tokenizer)
+    starting.add_special_tokens({"bos_token": "the"})
+    tiny_llama().save_pretrained(tmp_path / "model")
+    starting.save_pretrained(tmp_path / "model")
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text()[5:])
+    common = ["eval", tmp_path / "model", "--text", text, "--text", other, "--seq-len", 16, "--json", "-"]
+    never, always = (json.loads(run(*common, "--bos", bos).out) for bos in ("never", "always"))
+    assert list(never["perplexity"]) == list(always["perplexity"]) == [str(text), str(other)]
+    assert (never["start"], always["start"]) == ([], [starting.bos_token_id])
+    assert never["perplexity"][str(text)]["value"] != always["perplexity"][str(text)]["value"]
+    refused(run(*common, "--bos", "perhaps"), "'perhaps'", "auto, always, never")
+
+
+def test_eval_needs_something_to_measure(run: Callable[..., Run], model_dir: Path, text: Path, tmp_path: Path) -> None:
+    refused(run("eval", model_dir), "--text", "--tasks")
+    refused(run("eval", model_dir, "--tasks", "boolq", "--include-path", tmp_path / "none"), "does not exist")
+    (tmp_path / "far.yaml").write_text("task: far\ndataset_path: nobody/nothing\noutput_type: multiple_choice\n")
+    refused(
+        run("eval", model_dir, "--text", text, "--tasks", "far", "--include-path", tmp_path), "far", "hub", "offline"
+    )
 
 
 def test_inspect(run: Callable[..., Run], model_dir: Path, pruned_dir: Path) -> None:
@@ -252,7 +284,7 @@ def refused(done: Run, *words: str, code: int = 1) -> None:
         (["--dtype", "int8"], ["--dtype is 'int8'", "float32"]),
         (["--device", "abacus"], ["--device is 'abacus'", "cpu"]),
         (["--device", "meta"], ["no values"]),
-        (["--method", "guess"], ["'guess'", "slimllm, magnitude, wanda, random"]),
+        (["--method", "guess"], ["'guess'", "slimllm, magnitude, wanda, flap, taylor, random"]),
         (["--heads", "odd"], ["'odd'", "balanced"]),
         (["--calibration", "nowhere.txt"], ["nowhere.txt", "does not exist"]),
         (["--samples", "100000"], ["too short", "needed for 100000 samples"]),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimgraph import perplexity as module
-from slimgraph.errors import CalibrationError, NumericsError
+from slimgraph.errors import CalibrationError, EvaluationError, NumericsError
 from slimgraph.perplexity import perplexity
 
 MakeModel = Callable[..., nn.Module]
@@ -92,3 +92,49 @@ def test_nan_names_the_window(tokens: Tensor) -> None:
     first = int((tokens == tokens[80]).nonzero()[0]) // 16
     with pytest.raises(NumericsError, match=f"the loss of window {first} is nan"):
         perplexity(Breaks(), tokens, seq_len=16, batch=1)
+
+
+class LittleRoom(Uniform):
+    """Runs out of memory with more than a few windows."""
+
+    def __init__(self, room: int, error: type[Exception] = MemoryError) -> None:
+        super().__init__()
+        self.room, self.error, self.seen = room, error, [0]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.seen.append(len(ids))
+        if len(ids) > self.room:
+            raise self.error("CUDA out of memory. Tried to allocate more than there is")
+        return super().forward(ids)
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, RuntimeError])
+def test_smaller_batches_are_tried_when_memory_runs_out(tokens: Tensor, error: type[Exception]) -> None:
+    model = LittleRoom(3, error).eval()
+    found = perplexity(model, tokens, seq_len=16, batch=16)
+    assert found.windows == 12
+    assert found.value == pytest.approx(64, rel=1e-6)
+    assert model.seen[1:] == [12, 6, 3, 3, 3, 3]
+
+
+def test_no_room_for_one_window(tokens: Tensor) -> None:
+    with pytest.raises(EvaluationError, match="memory ran out with a batch of 1"):
+        perplexity(LittleRoom(0), tokens, seq_len=16, batch=4)
+
+
+def test_other_errors_are_not_mistaken_for_lack_of_memory(tokens: Tensor) -> None:
+    model = LittleRoom(0, ValueError)
+    with pytest.raises(ValueError, match="CUDA"):
+        perplexity(model, tokens, seq_len=16, batch=4)
+    assert model.seen[1:] == [4]
+
+
+def test_a_start_token_stands_before_every_window_and_is_not_predicted(tiny_llama: MakeModel, tokens: Tensor) -> None:
+    model = tiny_llama()
+    rows = [torch.cat([torch.tensor([7]), tokens[i : i + 15]])[None] for i in range(0, 195, 15)]
+    with torch.no_grad():
+        losses = torch.tensor([float(model(row, labels=row).loss) for row in rows], dtype=torch.float64)
+    found = perplexity(model, tokens, seq_len=16, start=[7], batch=5)
+    assert (found.windows, found.tokens) == (13, 13 * 15)
+    assert found.value == pytest.approx(float(losses.mean().exp()), rel=1e-5)
+    assert found.value != pytest.approx(perplexity(model, tokens, seq_len=16).value, rel=1e-5)

@@ -17,6 +17,8 @@ from slimgraph.passes import (
     BiasOnly,
     CosineAllocation,
     FeatureSpace,
+    Fluctuation,
+    FluctuationAllocation,
     Magnitude,
     NoRecovery,
     Pass,
@@ -24,6 +26,7 @@ from slimgraph.passes import (
     RandomImportance,
     Regression,
     Sweep,
+    Taylor,
     UniformAllocation,
     Verify,
     WandaSp,
@@ -37,6 +40,8 @@ CHANGED: dict[str, dict[str, Any]] = {
     "apply_plan": {"plan": {"a.weight[1]": {"units": 3, "keep": [[0, 2]], "within": None}}},
     "bias_only": {},
     "cosine_allocation": {**ALLOCATION, "alpha": 5.0, "layers": 3},
+    "fluctuation": {},
+    "fluctuation_allocation": ALLOCATION,
     "feature_space": {"directions": False, "activations": False, "sources": False, "keep_lowest": 0.01},
     "magnitude": {},
     "no_recovery": {},
@@ -44,7 +49,8 @@ CHANGED: dict[str, dict[str, Any]] = {
     "random_importance": {"seed": 7},
     "regression": {},
     "sweep": {},
-    "uniform_allocation": ALLOCATION,
+    "taylor": {"batch": 4},
+    "uniform_allocation": {**ALLOCATION, "spare_first": 0.25, "spare_last": 0.125},
     "verify": {},
     "wanda_sp": {},
 }
@@ -107,10 +113,13 @@ OPTIONS = {"heads": "kv", "round_to": 4}
 
 def test_methods_are_these_recipes() -> None:
     cosine, uniform = CosineAllocation(ratio=0.2, **OPTIONS), UniformAllocation(ratio=0.2, **OPTIONS)
+    inner = UniformAllocation(ratio=0.2, spare_first=0.125, spare_last=0.0625, **OPTIONS)
     expected = {
         "slimllm": (Pearson(), FeatureSpace(), Regression(), cosine, Sweep(), Verify()),
         "magnitude": (Magnitude(), NoRecovery(), uniform, Sweep(), Verify()),
         "wanda": (WandaSp(), NoRecovery(), uniform, Sweep(), Verify()),
+        "flap": (Fluctuation(), BiasOnly(), FluctuationAllocation(ratio=0.2, **OPTIONS), Sweep(), Verify()),
+        "taylor": (Taylor(), NoRecovery(), inner, Sweep(), Verify()),
         "random": (RandomImportance(seed=5), NoRecovery(), uniform, Sweep(), Verify()),
     }
     assert tuple(expected) == METHODS
@@ -125,7 +134,11 @@ def test_a_recovery_can_be_chosen() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"name": "best"}, RecipeError, "no method is called 'best'; there are slimllm, magnitude, wanda, random"),
+        (
+            {"name": "best"},
+            RecipeError,
+            "no method is called 'best'; there are slimllm, magnitude, wanda, flap, taylor, random",
+        ),
         (
             {"recovery": "hope"},
             RecipeError,

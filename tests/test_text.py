@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from slimgraph import hub, text
+from slimgraph import corpora, hub, text
 from slimgraph.errors import CalibrationError
 
 SENTENCE = "the old cat sits under a tree.\n"  # 9 tokens
@@ -149,3 +149,78 @@ def test_demo_texts_are_long_plain_and_different() -> None:
         assert "****" not in prose
         assert min(map(len, prose.split("\n\n"))) >= 80
     assert text.demo_texts() == (calibration, evaluation)
+
+
+class Marks:
+    """Words to ids; puts what it is told before and after a text."""
+
+    def __init__(self, before: list[int], after: list[int], bos: int | None) -> None:
+        self.before, self.after, self.bos_token_id = before, after, bos
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+        ids = [10 + ord(each) for each in text]
+        return {"input_ids": [*self.before, *ids, *self.after] if add_special_tokens else ids}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "auto", "always"),
+    [
+        (Marks([2], [], 2), [2], [2]),
+        (Marks([], [], 5), [], [5]),
+        (Marks([], [1], 5), [], [5]),  # an end-of-text token is none at the start
+        (Marks([8, 9], [1], 9), [8, 9], [8, 9]),
+    ],
+)
+def test_the_tokenizer_says_whether_windows_need_a_start(tokenizer: Any, auto: list[int], always: list[int]) -> None:
+    assert text.start_tokens(tokenizer) == auto
+    assert text.start_tokens(tokenizer, "always") == always
+    assert text.start_tokens(tokenizer, "never") == []
+
+
+def test_no_start_token_to_be_had() -> None:
+    with pytest.raises(CalibrationError, match="has no start-of-text token"):
+        text.start_tokens(Marks([], [], None), "always")
+    with pytest.raises(CalibrationError, match="'perhaps'; expected one of auto, always, never"):
+        text.start_tokens(Marks([], [], None), "perhaps")
+
+
+def test_windows_begin_with_the_start() -> None:
+    rows = text.windows(torch.arange(10), 4, start=[99])
+    assert rows.tolist() == [[99, 0, 1, 2], [99, 3, 4, 5], [99, 6, 7, 8]]
+    with pytest.raises(CalibrationError, match="no room"):
+        text.windows(torch.arange(10), 1, start=[99])
+
+
+def test_calibration_windows_begin_as_the_tokenizer_begins_a_text() -> None:
+    drawn = text.calibration_tokens(["abc" * 20], Marks([2], [], 2), samples=3, seq_len=8)  # type: ignore[arg-type]
+    assert drawn.shape == (3, 8)
+    assert (drawn[:, 0] == 2).all()
+    assert (drawn[:, 1:] > 9).all()
+    bare = text.calibration_tokens(["abc" * 20], Marks([2], [], 2), samples=7, seq_len=8, bos="never")  # type: ignore[arg-type]
+    assert (bare[:, 0] == 2).sum() <= 1
+
+
+def test_short_names_are_known_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[tuple[Any, ...]] = []
+
+    def load(name: str, config: str | None, *, split: str, streaming: bool, **options: Any) -> Any:
+        asked.append((name, config, split, streaming, options))
+        return datasets.Dataset.from_dict({"text": ["a cat", "a dog"], "sentence": ["one", "two"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(corpora.hub, "reachable", lambda: True)
+    assert text.read_text("wikitext2") == "a cat\n\na dog"
+    assert text.read_text("ptb") == "one\n\ntwo"
+    text.read_text("c4")
+    assert asked[0] == ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", False, {})
+    assert asked[1][:3] == ("ptb-text-only/ptb_text_only", "penn_treebank", "validation")
+    assert asked[2][0] == "allenai/c4"
+    assert asked[2][2:4] == ("validation", True)
+
+
+def test_a_short_name_may_be_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ptb").write_text("my own text")
+    monkeypatch.chdir(tmp_path)
+    assert text.read_text("ptb") == "my own text"

@@ -114,7 +114,7 @@ def _ratios(given: str | None) -> list[float]:
 
 def _task_runner(names: list[str], include_path: Path | None, limit: int | None, progress: Progress) -> TaskRunner:
     """Scores in per cent, of the metric that counts for each task, and their average."""
-    from slimgraph.tasks import evaluate_tasks, load_tasks  # type: ignore[import-not-found, unused-ignore]
+    from slimgraph.tasks import evaluate_tasks, load_tasks
 
     loaded = load_tasks(names, include_path=include_path, progress=progress)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 import typer
 
 from slimgraph.errors import CheckpointError, ModelError
+from slimgraph.jsontext import json_text
 from slimgraph.progress import Progress
 
 __all__ = [
@@ -102,7 +101,7 @@ def write_json(target: str | None, data: dict[str, Any]) -> None:
     """Write JSON to a file, or to standard output for `-`; NaN and infinity become null."""
     if target is None:
         return
-    text = json.dumps(_finite(data), indent=1)
+    text = json_text(data)
     if target == "-":
         typer.echo(text)
     else:
@@ -115,11 +114,3 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -29,7 +29,7 @@ from slimgraph.pretrained import load_model, load_tokenizer
 from slimgraph.progress import SILENT, Stopwatch
 from slimgraph.recipe import METHODS, Recipe, method
 from slimgraph.streaming import prune_checkpoint
-from slimgraph.text import calibration_batch, calibration_tokens, demo_texts, tokenize
+from slimgraph.text import calibration_tokens, demo_texts
 from slimgraph.units import HEAD_MODES
 
 __all__ = ["prune_command"]
@@ -176,4 +176,4 @@ def _calibration_ids(source: str | None, tokenizer: Any, samples: int, seq_len: 
         # A path here, whatever it looks like: on a command line nobody gives the text itself.
         place: str | Path = Path(source) if any(map(str.isspace, source)) else source
         return calibration_tokens(place, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
-    return calibration_batch(tokenize(demo_texts()[0], tokenizer), samples=samples, seq_len=seq_len, seed=seed)
+    return calibration_tokens([demo_texts()[0]], tokenizer, samples=samples, seq_len=seq_len, seed=seed)

@@ -1,0 +1,103 @@
+"""The script of the reproduction table on a tiny model: cells, going on after a stop, tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import reproduce
+
+        yield reproduce
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture
+def arguments(
+    tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM], tiny_tokenizer: PreTrainedTokenizerFast
+) -> list[str]:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("the old cat sits under a tree and the dog runs .\n" * 60)
+    (tmp_path / "results.md").write_text(
+        "".join(f"<!-- {kind}: begin -->\n<!-- {kind}: end -->\n" for kind in ("reproduction", "ablations"))
+    )
+    given = {"model": f"tiny={tmp_path / 'model'}", "calibration": text, "text": f"story={text}", "tokens": 64}
+    given |= {"results": tmp_path / "cells", "samples": 4, "seq-len": 16, "out": tmp_path / "results.md"}
+    return ["reproduce.py", *(str(word) for name, value in given.items() for word in (f"--{name}", value))]
+
+
+def start(script: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> list[str]:
+    """Run the script, its cells in this process; returns the cells that were worked out."""
+    worked: list[str] = []
+
+    def in_this_process(command: list[str], **_: Any) -> Any:
+        cell = script.Cell(**json.loads(command[-1]))
+        worked.append(cell.method)
+        script.Work(cell, script.parse()).run()
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(script.subprocess, "run", in_this_process)
+    monkeypatch.setattr(sys, "argv", arguments)
+    script.main()
+    return worked
+
+
+def test_cells_are_worked_out_once_and_end_in_a_table(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[str], tmp_path: Path
+) -> None:
+    few = [*arguments, "--shares", "0.2", "--seeds", "0"]
+    assert start(script, monkeypatch, [*few, "--methods", "dense"]) == ["dense"]
+    assert start(script, monkeypatch, [*few, "--methods", "dense", "SlimLLM"]) == ["SlimLLM"]
+    assert start(script, monkeypatch, [*few, "--methods", "dense", "SlimLLM"]) == []
+    cells = [json.loads(file.read_text()) for file in (tmp_path / "cells").glob("tiny*.json")]
+    sizes = {cell["method"]: cell["parameters"] for cell in cells}
+    assert sizes["SlimLLM"] < sizes["dense"]
+    assert all(cell["perplexity"]["story"]["tokens"] == 60 and cell["peak_bytes"] > 2**20 for cell in cells)
+    table = (tmp_path / "results.md").read_text()
+    rows = [line.split("|")[3].strip() for line in table.splitlines() if line.startswith(("| 0%", "| 20%"))]
+    assert rows == ["dense", "SlimLLM"]
+    assert "best first" not in table  # of one method there is no order
+    with pytest.raises(SystemExit, match="other settings"):
+        start(script, monkeypatch, [*few, "--samples", "3"])
+
+
+def test_every_method_and_ablation_is_a_recipe(script: ModuleType) -> None:
+    for makers in (script.METHODS, script.ABLATIONS):
+        recipes = [make(0.1, 0.2, 30) for make in makers.values()]
+        assert all(len(recipe.passes) >= 5 for recipe in recipes)
+    assert len({r.to_yaml() for r in recipes}) == len(script.ABLATIONS)
+    published = script.slimllm(0.1, 0.2, 32).passes[3]
+    assert (published.layers, published.alpha) == (26, 10.0)
+    published = script.slimllm(0.1, 0.5, 32).passes[3]
+    assert (published.layers, published.alpha) == (30, 7.0)
+
+
+def test_a_rank_that_is_not_the_papers_is_said(script: ModuleType) -> None:
+    def rows(*values: float) -> dict[tuple[float, str], list[dict[str, Any]]]:
+        names = ["LLM-Pruner (Taylor)", "SlimLLM", script.TUNED]
+        return {(0.2, n): [{"perplexity": {"t": {"value": v}}}] for n, v in zip(names, values, strict=True)}
+
+    assert script.ranking(rows(3.0, 2.0, 1.0), ["t"])[0].endswith("; as in the paper")
+    assert script.ranking(rows(2.0, 3.0, 1.0), ["t"])[0].endswith("; NOT as in the paper")
+
+
+def test_the_layers_share_of_the_parameters(script: ModuleType) -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 2, bias=False), "b": torch.nn.Linear(2, 2, bias=False)})
+    assert script.in_layers(model, ["b"]) == 4

@@ -1,0 +1,216 @@
+"""Run files: what they say, what is refused, and the whole way on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+import slimgraph
+from slimgraph import cli
+from slimgraph.errors import CalibrationError, CheckpointError, RecipeError
+from slimgraph.pretrained import load_model
+from slimgraph.run import RunFile, RunReport, run
+
+PASSES = [
+    {"pearson": {}},
+    {"feature_space": {}},
+    {"regression": {}},
+    {"uniform_allocation": {"ratio": 0.1, "round_to": 1}},
+    {"sweep": {}},
+]
+EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("run_*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def place(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    tiny_llama().save_pretrained(folder / "model")
+    tiny_tokenizer.save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("the old cat sits under a tree and the dog runs .\n" * 60)
+    return folder
+
+
+def content_of(place: Path, out: Path) -> dict[str, Any]:
+    return {
+        "model": str(place / "model"),
+        "out": str(out),
+        "calibration": {"text": str(place / "text.txt"), "samples": 4, "seq_len": 16},
+        "passes": PASSES,
+        "evaluate": {"texts": [str(place / "text.txt")], "seq_len": 16, "tokens": 64, "dense": True},
+    }
+
+
+@pytest.fixture
+def content(place: Path, tmp_path: Path) -> dict[str, Any]:
+    return content_of(place, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path) -> tuple[dict[str, Any], RunReport]:
+    """A run that is done; tests may read it and go on with it."""
+    data = content_of(place, place / "out")
+    return data, run(RunFile.from_dict(data))
+
+
+def test_prune_and_evaluate(finished: tuple[dict[str, Any], RunReport]) -> None:
+    content, report = finished
+    out = Path(content["out"])
+    assert list(report.evaluations) == ["dense", "pruned"]
+    assert report.evaluations["pruned"].parameters < report.evaluations["dense"].parameters
+    assert report.pruned is not None
+    assert sum(p.numel() for p in slimgraph.load(out / "pruned").parameters()) == report.pruned.parameters_after
+    saved = json.loads((out / "evaluation.json").read_text())
+    assert saved["pruned"]["parameters"] == report.evaluations["pruned"].parameters
+    assert RunFile.from_file(out / "run.yaml") == RunFile.from_dict(content)
+    assert "all of it in" in repr(report)
+
+
+def test_a_run_goes_on_after_its_last_finished_step(finished: tuple[dict[str, Any], RunReport]) -> None:
+    content, first = finished
+    weights = Path(content["out"]) / "pruned" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    again = run(RunFile.from_dict(content))
+    assert (again.kept, again.pruned) == (["pruned"], None)
+    assert weights.stat().st_mtime_ns == before
+    value = {name: e.perplexities[content["evaluate"]["texts"][0]].value for name, e in first.evaluations.items()}
+    assert again.evaluations["pruned"].perplexities[content["evaluate"]["texts"][0]].value == value["pruned"]
+
+
+def test_another_run_in_the_same_folder_is_refused_unless_forced(
+    finished: tuple[dict[str, Any], RunReport], tmp_path: Path
+) -> None:
+    content, _ = finished
+    shutil.copytree(content["out"], tmp_path / "out")
+    changed = {**content, "out": str(tmp_path / "out"), "evaluate": None}
+    with pytest.raises(CheckpointError, match="holds something that is not this run"):
+        run(RunFile.from_dict(changed))
+    assert run(RunFile.from_dict(changed), force=True).kept == []
+    assert run(RunFile.from_dict(changed)).kept == ["pruned"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        run(RunFile.from_dict({**changed, "out": str(tmp_path / "file")}))
+
+
+def test_what_a_step_needs_is_looked_at_before_the_first(content: dict[str, Any]) -> None:
+    content["evaluate"]["texts"].append("nowhere.txt")
+    with pytest.raises(CalibrationError, match=r"nowhere\.txt"):
+        run(RunFile.from_dict(content))
+    assert not Path(content["out"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, "model: .*string"),
+        ({"calibration": {"samples": 0}}, "calibration.samples: .*greater than or equal to 1.*found 0"),
+        ({"calibration": {"sample": 3}}, "calibration.sample: Extra inputs"),
+        ({"evaluate": {"bos": "perhaps"}}, "evaluate.bos: .*'auto'"),
+        ({"dtype": "int8"}, "dtype: .*'float32'"),
+        ({"passes": [{"best": {}}]}, "no pass is called 'best'"),
+        ({"passes": [{"pearson": {"search": 3.5}}]}, "pass 1 of the recipe, pearson: search"),
+        ({"finetune": {"epochs": 1}}, "finetune.data: Field required"),
+        ({"train": {}}, "train: Extra inputs"),
+    ],
+)
+def test_a_run_file_that_is_wrong_names_the_place(
+    content: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        RunFile.from_dict({**content, **change})
+
+
+def test_changes_go_before_the_file(content: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(content))
+    found = RunFile.from_file(file, ["calibration.samples=7", "evaluate.texts=[a, b]", "compare.speed=true"])
+    assert found.calibration.samples == 7
+    assert found.evaluate is not None
+    assert found.evaluate.texts == ("a", "b")
+    assert found.compare is not None
+    assert found.compare.speed
+    for wrong in ("samples", "model.name=3", "model=[1"):
+        with pytest.raises(RecipeError, match=r"run.yaml: the change"):
+            RunFile.from_file(file, [wrong])
+    with pytest.raises(RecipeError, match="cannot read"):
+        RunFile.from_file(tmp_path / "none.yaml")
+    file.write_text("a: [")
+    with pytest.raises(RecipeError, match="is not YAML"):
+        RunFile.from_file(file)
+    file.write_text("- a")
+    with pytest.raises(RecipeError, match="is a mapping"):
+        RunFile.from_file(file)
+
+
+def test_fine_tuning_and_comparing_are_given_what_the_file_says(
+    finished: tuple[dict[str, Any], RunReport], content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps of other modules, by stand-ins that note what they are called with."""
+    called: dict[str, Any] = {}
+
+    def finetune(model: Path, data: str, out: Path, **options: Any) -> str:
+        called["finetune"] = {"data": data, **options}
+        load_model(model).save_pretrained(out)
+        return "FinetuneResult"
+
+    def compare(contenders: Any, measures: Any, **_: Any) -> Any:
+        called["compare"] = ([c.name for c in contenders], measures)
+        return SimpleNamespace(to_dict=lambda: {"entries": 3}, to_markdown=lambda: "| a |")
+
+    tuning, comparing, speed = ModuleType("finetune"), ModuleType("compare"), ModuleType("bench")
+    tuning.finetune = finetune  # type: ignore[attr-defined]
+    tuning.FinetuneSettings = SimpleNamespace(from_dict=lambda d: d)  # type: ignore[attr-defined]
+    comparing.compare = compare  # type: ignore[attr-defined]
+    comparing.Contender = lambda name, *_, **__: SimpleNamespace(name=name)  # type: ignore[attr-defined]
+    comparing.Measures = SimpleNamespace  # type: ignore[attr-defined]
+    speed.Settings = lambda: "settings"  # type: ignore[attr-defined]
+    for name, module in (("finetune", tuning), ("compare", comparing), ("bench", speed)):
+        monkeypatch.setitem(sys.modules, f"slimgraph.{name}", module)
+    content["finetune"] = {"data": "records.json", "teacher": True, "epochs": 1}
+    content["compare"] = {"texts": content["evaluate"]["texts"], "speed": True}
+    shutil.copytree(finished[0]["out"], content["out"])
+    (Path(content["out"]) / "run.yaml").write_text(RunFile.from_dict(content).to_yaml())
+    report = run(RunFile.from_dict(content))
+    assert called["finetune"]["data"] == "records.json"
+    assert called["finetune"]["settings"] == {"epochs": 1}
+    assert called["finetune"]["teacher"] == content["model"]
+    assert not called["finetune"]["resume"]
+    assert list(report.evaluations) == ["dense", "pruned", "finetuned"]
+    names, measures = called["compare"]
+    assert names == ["dense", "pruned", "finetuned"]
+    assert (measures.seq_len, measures.tasks, measures.speed) == (128, None, "settings")
+    assert (Path(content["out"]) / "comparison.md").read_text() == "| a |\n"
+
+
+def test_the_command(
+    finished: tuple[dict[str, Any], RunReport], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({**finished[0], "model": "another"}))
+    assert cli._run(["run", str(file), "--set", f"model={finished[0]['model']}"]) == 0
+    assert "pruned: there already, kept" in capsys.readouterr().out
+    assert cli._run(["run", str(file), "--set", "evaluate.nothing=1"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "evaluate.nothing" in error
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda p: p.stem)
+def test_the_examples_are_run_files(file: Path) -> None:
+    assert RunFile.from_file(file).passes.passes[-1].name == "verify"
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) >= 6
