@@ -83,8 +83,9 @@ def run(
     watching: dict[str, list[Observer]] = {}
     for o in observers:
         watching.setdefault(o.at, []).append(o)
-    nodes = _needed(graph_module, {*stops, *watching})
-    dying = _last_uses(nodes, {o.at: o.needs for o in observers})
+    held = {at: tuple(name for o in those for name in o.needs) for at, those in watching.items()}
+    nodes = _needed(graph_module, {*stops, *watching, *(name for names in held.values() for name in names)})
+    dying = _last_uses(nodes, held)
     by_name = {n.name: n for n in nodes}
     shared: dict[fx.Node, Any] = {}
     values: list[dict[fx.Node, Any]] = [{} for _ in batches]
