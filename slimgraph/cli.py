@@ -1,4 +1,4 @@
-"""The command line: `slimgraph inspect | explain | prune | eval | demo`.
+"""The command line: `slimgraph inspect | explain | prune | eval | diff | bisect | verify | report | demo`.
 
 Results go to standard output; progress and messages to standard error. Bad input is one line there and a non-zero exit
 code, 1 for what Slimgraph refuses and 2 for wrong usage; a traceback means a defect.
@@ -13,10 +13,12 @@ from typing import Annotated
 
 import typer
 
+from slimgraph.commands.comparing import bisect_command, diff_command
 from slimgraph.commands.demonstration import demo_command
 from slimgraph.commands.evaluation import eval_command
 from slimgraph.commands.inspecting import explain_command, inspect_command
 from slimgraph.commands.pruning import prune_command
+from slimgraph.commands.verifying import verify_command
 from slimgraph.errors import SlimgraphError
 
 __all__ = ["app", "main"]
@@ -79,4 +81,7 @@ app.command("inspect")(inspect_command)
 app.command("explain")(explain_command)
 app.command("prune")(prune_command)
 app.command("eval")(eval_command)
+app.command("diff")(diff_command)
+app.command("bisect")(bisect_command)
+app.command("verify")(verify_command)
 app.command("demo")(demo_command)

@@ -79,9 +79,7 @@ def test_a_model_against_itself_is_the_same() -> None:
     assert all(b.gain == pytest.approx(0.0, abs=1e-9) for b in found.blocks)
 
 
-@pytest.mark.parametrize(
-    "family", ["gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt_neox", "phi3"))]
-)
+@pytest.mark.parametrize("family", ["gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt_neox", "phi3"))])
 def test_no_faults_in_other_families(family: str) -> None:
     dense = decoder(family).model
     pruned = slimgraph.prune(dense, SAMPLES, recipe=slimgraph.method("slimllm", 0.1, round_to=1))
@@ -273,12 +271,12 @@ def test_what_cannot_be_compared_is_refused(result: Result) -> None:
         bisect(dense, dense, IDS, seq_len=200)
     with pytest.raises(ModelError, match="GPT2LMHeadModel"):
         bisect(dense, decoder("gpt2").model, IDS, seq_len=16)
-    with pytest.raises(ModelError, match="2 layers and .* 3"):
+    with pytest.raises(ModelError, match=r"2 layers and .* 3"):
         bisect(dense, decoder("llama", num_hidden_layers=3).model, IDS, seq_len=16)
     with pytest.raises(PlanError, match="give the dense one first"):
         bisect(result.model, dense, IDS, seq_len=16)  # type: ignore[arg-type]
+    wrong = Plan({"model.layers.0.mlp.down_proj.weight[1]": Cut(19, ((0, 1),))})
     with pytest.raises(PlanError, match="has 20 units; the plan was made for 19"):
-        wrong = Plan({"model.layers.0.mlp.down_proj.weight[1]": Cut(19, ((0, 1),))})
         bisect(dense, dense, IDS, seq_len=16, plan=wrong)
 
 

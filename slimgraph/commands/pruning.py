@@ -55,6 +55,7 @@ def prune_command(
     no_recovery: Annotated[bool, typer.Option("--no-recovery", help="Do not refit the output projections.")] = False,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    verify: Annotated[bool, typer.Option("--verify", help="Check every invariant after each pass.")] = False,
     plan: Annotated[Path | None, typer.Option(help="Also write which units stay, as JSON.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
     trust_remote_code: Trust = False,
@@ -76,7 +77,15 @@ def prune_command(
         "calibration": calibration or _DEFAULT_TEXT,
     }
     result = prune_model(
-        dense, ids, recipe=chosen, heads=heads or "auto", seed=seed, notes=notes, progress=progress, watch=watch
+        dense,
+        ids,
+        recipe=chosen,
+        heads=heads or "auto",
+        seed=seed,
+        notes=notes,
+        progress=progress,
+        watch=watch,
+        verify=verify,
     )
     if result.model is None:
         raise ModelError(f"{result.module_failure}; nothing was written")

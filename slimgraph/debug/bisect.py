@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -167,7 +166,7 @@ class Bisection:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; NaN and infinity become null."""
-        return _finite(
+        found: dict[str, Any] = _finite(
             {
                 **asdict(self),
                 "first_past_threshold": _name(self.first_past_threshold),
@@ -176,6 +175,7 @@ class Bisection:
                 "costliest_layer": None if self.costliest is None else self.costliest.layer,
             }
         )
+        return found
 
     def __repr__(self) -> str:
         return _text(self)
@@ -201,14 +201,16 @@ def bisect(
     Weights of checkpoints on disk are read when they are needed; values are freed at their last use.
 
     Args:
-        dense, pruned: models in memory, or directories or hub names of them.
+        dense: the model before: in memory, or the directory or hub name of one.
+        pruned: the model after, likewise.
         tokens: (n,) int64, one stream; the tail that does not fill a window is left out.
         seq_len: tokens of each window.
         batch: windows at once.
         plan: which units stayed; by default what the pruned checkpoint says.
         threshold: of the accumulated relative error, for `first_past_threshold`.
         restore: also measure what restoring each block alone does, at the cost of half a run per block.
-        dtype, device: of weights that are read.
+        dtype: of weights that are read.
+        device: where they go.
         trust_remote_code: let checkpoints bring their own modeling code.
         progress: shows how far it got.
 
@@ -270,7 +272,8 @@ class _Run:
         seen = [_Seen(t) for t in threads if t.node in moving and t.kept is not None and _is_tensor(t.node)]
         if not seen:
             raise ModelError(
-                f"no node of {self.pruned.name} does what one of {self.dense.name} does; expected a model pruned from it"
+                f"no node of {self.pruned.name} does what one of {self.dense.name} does; expected a model "
+                "pruned from it"
             )
         whole = Losses()
         last = threads[-1]
@@ -392,15 +395,15 @@ def _adding(distance: Distance, kept: dict[int, Tensor]) -> Callable[[Tensor, Te
 def _check_alike(dense: Opened, pruned: Opened) -> None:
     if type(dense.model) is not type(pruned.model):
         raise ModelError(
-            f"{dense.name} is a {type(dense.model).__name__} and {pruned.name} a {type(pruned.model).__name__}; expected "
-            "a model and one pruned from it"
+            f"{dense.name} is a {type(dense.model).__name__} and {pruned.name} a {type(pruned.model).__name__}; "
+            "expected a model and one pruned from it"
         )
     if len(dense.structure.layers) != len(pruned.structure.layers):
         raise ModelError(
             f"{dense.name} has {len(dense.structure.layers)} layers and {pruned.name} {len(pruned.structure.layers)}; "
             "expected equally many: only models whose layers correspond can be compared"
         )
-    bigger = parameters_that_grew(dense, pruned)
+    bigger = _grown(dense, pruned)
     if bigger:
         raise PlanError(
             f"{bigger} is larger in {pruned.name} than in {dense.name}; expected a model and one pruned from it: give "
@@ -408,7 +411,7 @@ def _check_alike(dense: Opened, pruned: Opened) -> None:
         )
 
 
-def parameters_that_grew(dense: Opened, pruned: Opened) -> str | None:
+def _grown(dense: Opened, pruned: Opened) -> str | None:
     """The first parameter that is larger in the pruned model, or None."""
     old = dict(dense.model.named_parameters())
     return next((k for k, p in pruned.model.named_parameters() if k in old and p.numel() > old[k].numel()), None)
@@ -438,7 +441,7 @@ def _name(node: Node | None) -> str | None:
 def _text(found: Bisection) -> str:
     lines = [
         f"{found.pruned} against {found.dense}: {found.tokens:,} tokens in windows of {found.seq_len}",
-        f"loss         {found.dense_loss:.4f} dense, {found.pruned_loss:.4f} pruned (nats per token); KL {found.kl:.4f}",
+        f"loss         {found.dense_loss:.4f} dense, {found.pruned_loss:.4f} pruned, KL {found.kl:.4f}, in nats",
         f"past {found.threshold:<8g}{_where(found.first_past_threshold)}",
     ]
     if found.costliest is not None:

@@ -45,7 +45,7 @@ class Distance:
         if expected.shape != found.shape:
             self.shapes = (list(expected.shape), list(found.shape))
             return
-        for x, y in zip(expected.reshape(-1).split(_AT_ONCE), found.reshape(-1).split(_AT_ONCE), strict=True):
+        for x, y in zip(_pieces(expected), _pieces(found), strict=True):
             self._add(x.double(), y.double())
 
     def _add(self, x: Tensor, y: Tensor) -> None:
@@ -91,7 +91,8 @@ class Losses:
 
         Args:
             ids: (batch, tokens) int64.
-            expected, found: (batch, tokens, vocabulary) logits of the two models.
+            expected: (batch, tokens, vocabulary) logits of the dense model.
+            found: those of the other one.
         """
         for row, x, y in zip(ids, expected, found, strict=True):
             kl, dense, pruned = losses(row, x, y)
@@ -104,12 +105,17 @@ class Losses:
         return self.kl / n, self.dense / n, self.pruned / n
 
 
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(tensor.reshape(-1), _AT_ONCE)
+
+
 def losses(ids: Tensor, expected: Tensor, found: Tensor) -> tuple[float, float, float]:
     """Summed over the predicted tokens of one window: KL(expected ‖ found) and both cross-entropies, in nats.
 
     Args:
         ids: (tokens,) int64.
-        expected, found: (tokens, vocabulary) logits.
+        expected: (tokens, vocabulary) logits of the dense model.
+        found: those of the other one.
     """
     x = functional.log_softmax(expected[:-1].float(), -1)
     y = functional.log_softmax(found[:-1].float(), -1)

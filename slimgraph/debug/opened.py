@@ -244,7 +244,7 @@ def _reader(
         if name not in places:
             raise CheckpointError(f"no tensor {name!r} in the weight files; expected one of the model's own names")
         file, stored_as = places[name]
-        tensor: Tensor = files[file].get_tensor(stored_as)
+        tensor: Tensor = files[file].get_tensor(stored_as)  # type: ignore[no-untyped-call]
         return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
     return fetch

@@ -28,7 +28,8 @@ def restorations(
     """A graph that runs the pruned model once for every block, with that block restored.
 
     Args:
-        dense, pruned: the two models, with equally many layers.
+        dense: the model before.
+        pruned: the model after, with equally many layers.
         look: block -> what is called with token ids, dense logits and the logits with that block restored.
 
     Raises:

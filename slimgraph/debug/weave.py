@@ -113,7 +113,8 @@ def weave(dense: Opened, pruned: Opened, resolved: Resolved | None) -> tuple[Str
     """Both graphs in one, aligned.
 
     Args:
-        dense, pruned: the two models.
+        dense: the model before.
+        pruned: the model after.
         resolved: the plan, on the dense model's structure. Without it nothing is taken to be meant.
 
     Returns:
