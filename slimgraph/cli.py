@@ -18,6 +18,7 @@ from slimgraph.commands.demonstration import demo_command
 from slimgraph.commands.evaluation import eval_command
 from slimgraph.commands.inspecting import explain_command, inspect_command
 from slimgraph.commands.pruning import prune_command
+from slimgraph.commands.reporting import report_command
 from slimgraph.commands.verifying import verify_command
 from slimgraph.errors import SlimgraphError
 
@@ -84,4 +85,5 @@ app.command("eval")(eval_command)
 app.command("diff")(diff_command)
 app.command("bisect")(bisect_command)
 app.command("verify")(verify_command)
+app.command("report")(report_command)
 app.command("demo")(demo_command)

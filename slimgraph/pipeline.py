@@ -47,6 +47,7 @@ class Result:
         seconds: by stage.
         similarity: cosine similarity of input and output per layer, when it was measured.
         module_failure: why `model` is None.
+        scores: site -> (units,) float64, what scored lowest went first; None unless they were kept.
     """
 
     model: nn.Module | None
@@ -60,6 +61,7 @@ class Result:
     module_failure: str | None
     _pruned: PrunedModule | None
     parameters_before: int
+    scores: dict[str, Tensor] | None = None
 
     @property
     def parameters_after(self) -> int:
@@ -114,6 +116,7 @@ def prune(
     progress: Progress | None = None,
     watch: Stopwatch | None = None,
     verify: bool = False,
+    keep_scores: bool = False,
 ) -> Result:
     """Make a causal language model smaller.
 
@@ -135,6 +138,7 @@ def prune(
         progress: shows what is going on; quiet by default.
         watch: collects seconds by stage.
         verify: check every invariant after each pass; an error then names the pass that broke it.
+        keep_scores: keep the score of every unit at the sites that are cut, in `Result.scores`.
 
     Returns:
         The pruned model and graph.
@@ -167,6 +171,7 @@ def prune(
         sizes={name: p.numel() for name, p in model.named_parameters()},
         watch=watch,
         progress=progress or SILENT,
+        scores={} if keep_scores else None,
     )
     pruned = run_passes(attach(dense, state), chosen.passes, verify=verify)
     with watch("module"):
@@ -183,6 +188,7 @@ def prune(
         module_failure=failure,
         _pruned=module,
         parameters_before=sum(state.sizes.values()),
+        scores=state.scores,
     )
 
 

@@ -19,6 +19,7 @@ from slimgraph.commands.options import (
     device_named,
     dtype_named,
     start,
+    write_json,
     write_text,
 )
 from slimgraph.debug import report
@@ -57,6 +58,7 @@ def prune_command(
     dtype: Dtype = "float32",
     verify: Annotated[bool, typer.Option("--verify", help="Check every invariant after each pass.")] = False,
     plan: Annotated[Path | None, typer.Option(help="Also write which units stay, as JSON.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="Also write the score of every unit, as JSON.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
@@ -67,6 +69,7 @@ def prune_command(
     where, precision = device_named(device), dtype_named(dtype)
     checkpoint.check_target(out, force=force)
     check_file_target(plan, "--plan")
+    check_file_target(scores, "--scores")
     with watch("load"), progress(f"load {model}"):
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         ids = _calibration_ids(calibration, tokenizer, samples, seq_len, seed)
@@ -86,6 +89,7 @@ def prune_command(
         progress=progress,
         watch=watch,
         verify=verify,
+        keep_scores=scores is not None,
     )
     if result.model is None:
         raise ModelError(f"{result.module_failure}; nothing was written")
@@ -93,6 +97,8 @@ def prune_command(
         result.save(out, tokenizer=tokenizer, force=force)
     if plan is not None:
         write_text(plan, result.plan.to_json())
+    if scores is not None:
+        write_json(str(scores), {site: each.tolist() for site, each in (result.scores or {}).items()})
     result.seconds = watch.stages()
     typer.echo(
         f"{type(dense).__name__} {model}: {notes['method']}, {samples} x {seq_len} calibration tokens of "
