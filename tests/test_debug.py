@@ -9,7 +9,7 @@ import re
 import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import LlamaForCausalLM
 
 import slimgraph
 from slimgraph import cli
+from slimgraph.debug.blockgraph import draw_block
 from slimgraph.debug.diff import Difference, diff
 from slimgraph.debug.export import node_data, to_dot, to_graphml
 from slimgraph.debug.page import html_report
@@ -305,6 +306,19 @@ def test_the_page_is_whole_and_loads_nothing(page: Path, made: Made) -> None:
             gone = {i for row in cell["rows"] for i in row}
             ranked = sorted(range(cell["units"]), key=cell["scores"].__getitem__)
             assert gone == set(ranked[: len(gone)])  # what scored lowest went
+
+
+def test_frozen_axes_are_hatched(made: Made) -> None:
+    structure = made.result.structure
+    name = "model.layers.0.mlp.down_proj.weight[1]"
+    plain = draw_block(structure, 0, "a block", {})
+    frozen = replace(structure.groups[name], frozen="for a reason")
+    hatched = draw_block(replace(structure, groups={**structure.groups, name: frozen}), 0, "a block", {})
+    assert "hatch" not in plain.svg
+    assert hatched.svg.count('class="hatch"') == 3  # gate, up and down
+    assert "frozen: for a reason" in hatched.svg
+    assert plain.svg.count('class="box site"') == 2
+    assert {key.group for key in plain.keys} >= {name}
 
 
 def test_what_cannot_be_reported(made: Made, tmp_path: Path) -> None:
