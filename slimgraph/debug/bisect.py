@@ -8,6 +8,7 @@ attribute, weights of another model. A site is suspect when its refit is worse t
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -179,6 +180,9 @@ class Bisection:
 
     def __repr__(self) -> str:
         return _text(self)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(_text(self))}</pre>"
 
 
 def bisect(
