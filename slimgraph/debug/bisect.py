@@ -24,6 +24,7 @@ from slimgraph.debug.restore import restorations
 from slimgraph.debug.weave import Strands, Thread, weave
 from slimgraph.errors import CalibrationError, ModelError, PlanError
 from slimgraph.groups import Site
+from slimgraph.module import tolerance
 from slimgraph.plan import Plan, Resolved, resolve
 from slimgraph.pretrained import check_tokens
 from slimgraph.progress import SILENT, Progress
@@ -269,6 +270,8 @@ class _Run:
     ) -> None:
         self.dense, self.pruned, self.resolved = dense, pruned, resolved
         self.batches, self.threshold, self.progress = batches, threshold, progress
+        # Without a plan nothing is known of what is meant, unless nothing was cut at all.
+        self.known = resolved is not None or not _reshaped(dense, pruned)
 
     def bisection(self, seq_len: int, restore: bool) -> Bisection:
         strands, threads = weave(self.dense, self.pruned, self.resolved)
@@ -293,7 +296,7 @@ class _Run:
             tokens=sum(b.numel() for b in self.batches),
             seq_len=seq_len,
             threshold=self.threshold,
-            tolerance=self._tolerance(),
+            tolerance=tolerance(self.pruned.graph),
             kl=kl,
             dense_loss=dense_loss,
             pruned_loss=pruned_loss,
@@ -320,11 +323,6 @@ class _Run:
         self._run(strands, observers, "restore blocks")
         return found
 
-    def _tolerance(self) -> float:
-        """How far equal computations may be apart in the coarsest dtype that occurs."""
-        seen = {n.meta["val"].dtype for n in self.pruned.graph.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
-        return min(5e-2, 1000 * max((torch.finfo(d).eps for d in seen if d.is_floating_point), default=1e-9))
-
     def _layer(self, path: str) -> int | None:
         layers = self.dense.structure.layers
         return next((i for i, p in enumerate(layers) if path == p or path.startswith(p + ".")), None)
@@ -341,20 +339,15 @@ class _Run:
             layer=self._layer(module_path(node)),
             error=seen.free.error,
             cosine=seen.free.cosine,
-            own=None if self.resolved is None and self._reshaped() else seen.own.error,
+            own=seen.own.error if self.known else None,
             lossy=seen.thread.lossy,
             note=note,
         )
 
-    def _reshaped(self) -> bool:
-        """Whether some parameter has another shape: without a plan nothing is then known about what is meant."""
-        old, new = dict(self.dense.model.named_parameters()), dict(self.pruned.model.named_parameters())
-        return any(name in old and old[name].shape != p.shape for name, p in new.items())
-
     def _sites(self, seen: Sequence[_Seen]) -> list[Projection]:
         by_node = {s.thread.node.name: s for s in seen}
         sites = [s for s in self.dense.structure.sites if s.node in by_node]
-        return [_projection(s, by_node[s.node], by_node.get(s.reads), self._tolerance()) for s in sites]
+        return [_projection(s, by_node[s.node], by_node.get(s.reads), tolerance(self.pruned.graph)) for s in sites]
 
     def _blocks(self, seen: Sequence[_Seen], restored: Sequence[Losses], kl: float) -> list[Block]:
         by_node = {s.thread.node.name: s for s in seen}
@@ -376,11 +369,11 @@ class _Run:
         return found
 
 
-def _projection(site: Site, seen: _Seen, reads: _Seen | None, tolerance: float) -> Projection:
+def _projection(site: Site, seen: _Seen, reads: _Seen | None, rounding: float) -> Projection:
     own = seen.own.error
     bare = seen.bare.error if seen.thread.masked is not None else None
     suspect = None
-    blameless = reads is not None and not reads.own.error <= tolerance  # what it reads is wrong already
+    blameless = reads is not None and not reads.own.error <= rounding  # what it reads is wrong already
     if bare is not None and not blameless and not own <= _SUSPECT * bare + _NOTHING:
         suspect = f"its refit is worse than none: error {own:.3g}, without refit {bare:.3g}"
     return Projection(
@@ -413,6 +406,12 @@ def _check_alike(dense: Opened, pruned: Opened) -> None:
             f"{bigger} is larger in {pruned.name} than in {dense.name}; expected a model and one pruned from it: give "
             "the dense one first"
         )
+
+
+def _reshaped(dense: Opened, pruned: Opened) -> bool:
+    """Whether some parameter has another shape."""
+    old = dict(dense.model.named_parameters())
+    return any(name in old and old[name].shape != p.shape for name, p in pruned.model.named_parameters())
 
 
 def _grown(dense: Opened, pruned: Opened) -> str | None:
@@ -498,6 +497,7 @@ def _fault_lines(found: Bisection) -> list[str]:
         )
         modules = list(dict.fromkeys(n.module for n in found.faults[1:] if n.module != first.module))
         if modules:
-            lines.append(f"             then {len(found.faults) - 1} more nodes, in {', '.join(modules[:4])}")
+            many = len(found.faults) - 1
+            lines.append(f"             then {many} more node{'s' if many > 1 else ''}, in {', '.join(modules[:4])}")
     lines += [f"suspect      {s.site}: {s.suspect}" for s in found.suspects]
     return lines
