@@ -50,6 +50,9 @@ class Pearson(_Importance):
     def kinds(self) -> tuple[str, ...]:
         return ("heads",)
 
+    def scores(self, evidence: Evidence) -> Tensor:
+        return -score.pearson_similarity(evidence)
+
     def select(self, evidence: Evidence, keep: int) -> Tensor:
         return score.pearson_select(evidence, keep, search=self.search)
 

@@ -44,7 +44,10 @@ class Sweep(Pass):
 
         def decide(units: Units, evidence: Evidence) -> Decision | None:
             with state.watch("scores"):
-                kept = state.importance[evidence.kind].select(evidence, budget.keep[units.site.name])
+                importance = state.importance[evidence.kind]
+                kept = importance.select(evidence, budget.keep[units.site.name])
+                if state.scores is not None and hasattr(importance, "scores"):
+                    state.scores[units.site.name] = importance.scores(evidence).cpu()
             with state.watch("solves"):
                 channels = evidence.kept_channels(kept)
                 return Decision(kept, channels, Refit(*fit(evidence, channels)))

@@ -1,4 +1,4 @@
-"""The command line: `slimgraph inspect | explain | prune | finetune | eval | bench | compare | run | demo`.
+"""The command line: one command per file in `slimgraph/commands`.
 
 Results go to standard output; progress and messages to standard error. Bad input is one line there and a non-zero exit
 code, 1 for what Slimgraph refuses and 2 for wrong usage; a traceback means a defect.
@@ -16,11 +16,14 @@ import typer
 from slimgraph.commands.benchmarking import bench_command
 from slimgraph.commands.comparing import compare_command
 from slimgraph.commands.demonstration import demo_command
+from slimgraph.commands.differing import bisect_command, diff_command
 from slimgraph.commands.evaluation import eval_command
 from slimgraph.commands.finetuning import finetune_command
 from slimgraph.commands.inspecting import explain_command, inspect_command
 from slimgraph.commands.pruning import prune_command
+from slimgraph.commands.reporting import report_command
 from slimgraph.commands.running import run_command
+from slimgraph.commands.verifying import verify_command
 from slimgraph.errors import SlimgraphError
 
 __all__ = ["app", "main"]
@@ -87,4 +90,8 @@ app.command("eval")(eval_command)
 app.command("bench")(bench_command)
 app.command("compare")(compare_command)
 app.command("run")(run_command)
+app.command("diff")(diff_command)
+app.command("bisect")(bisect_command)
+app.command("verify")(verify_command)
+app.command("report")(report_command)
 app.command("demo")(demo_command)

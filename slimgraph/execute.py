@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -32,16 +32,8 @@ __all__ = ["Observer", "Parking", "Stop", "Weights", "run"]
 _ROOM = 8 << 30  # bytes of parked values that stay in memory by default
 
 
-class Weights(Protocol):
-    """Where a run gets parameters and buffers from."""
-
-    def __call__(self, name: str) -> Tensor:
-        """The tensor of that name, where the run computes."""
-        ...
-
-    def expect(self, names: Sequence[str]) -> None:
-        """What will be asked for next, in that order: a store may read ahead."""
-        ...
+Weights = Callable[[str], Tensor]
+"""Fetches a parameter or buffer by name. Where it has a method `expect(names)`, it is told what will be asked for."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +93,7 @@ def run(
         stage: what to call this in the progress.
     """
     stops, cuts = stops or {}, cuts or {}
-    looked_at = {*stops, *(o.at for o in observers), *cuts}
+    looked_at = {*stops, *cuts, *(name for o in observers for name in (o.at, *o.needs))}
     nodes = _needed(graph_module, looked_at)
     dying = _last_uses(nodes, observers, stops)
     watching: dict[str, list[Observer]] = {}
@@ -116,7 +108,7 @@ def run(
         parking = stack.enter_context(start[1] if start is not None else Parking(len(batches), room))
         stack.enter_context(torch.no_grad())
         tick = stack.enter_context((progress or SILENT)(stage, total=sum(map(len, segments)) * len(batches)))
-        shared = _Shared(weights or _Own(graph_module), segments)
+        shared = _Shared(weights or (lambda name: tensor_at(graph_module, name)), segments)
         for segment in segments:
             shared.begin(segment)
             stop = stops.get(segment[0].name)
@@ -125,15 +117,17 @@ def run(
                 values = parking.take(i)
                 if stop is not None and replacement is not None:
                     values[segment[0].name] = replacement(values[stop.reads])
+                last = i == len(batches) - 1
                 for node in segment:
                     _step(node, ids, values, shared)
+                    if last:
+                        shared.used(node)
                     for o in watching.get(node.name, ()):
                         o.call(*(values[name] for name in o.needs))
                     for dead in dying.get(node, ()):
                         values.pop(dead, None)
                     tick()
                 parking.put(i, values)
-            shared.end(segment)
             if segment[-1].name in cuts:
                 cuts[segment[-1].name](parking)
 
@@ -283,32 +277,23 @@ def _read(file: Path, device: torch.device) -> dict[str, Any]:
         return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # not a dict
 
 
-class _Own:
-    """The graph module's own parameters as `Weights`."""
-
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        self._module = graph_module
-
-    def __call__(self, name: str) -> Tensor:
-        return tensor_at(self._module, name)
-
-    def expect(self, names: Sequence[str]) -> None:
-        """Everything is there already."""
-
-
 class _Shared:
-    """Weights that are in use: fetched at their first use, dropped after the segment of their last."""
+    """Weights that are in use: fetched at their first use, dropped at the last, when the last micro-batch is there."""
 
     def __init__(self, weights: Weights, segments: Sequence[Sequence[fx.Node]]) -> None:
         self._weights = weights
+        self._expect: Callable[[Sequence[str]], None] | None = getattr(weights, "expect", None)
         self._held: dict[fx.Node, Tensor] = {}
-        self._last: dict[fx.Node, fx.Node] = {}  # weight -> first node of the segment that uses it last
-        self._reads: dict[fx.Node, list[str]] = {}  # first node of a segment -> names, in order
+        last: dict[fx.Node, fx.Node] = {}
+        self._reads: dict[fx.Node, list[str]] = {}  # first node of a segment -> names that no earlier one reads
         for segment in segments:
-            used = list(dict.fromkeys(a for n in segment for a in n.all_input_nodes if a.op == "get_attr"))
-            self._reads[segment[0]] = [str(a.target) for a in used if a not in self._last]
-            self._last |= dict.fromkeys(used, segment[0])
-        self._order = [segment[0] for segment in segments]
+            new = [a for n in segment for a in n.all_input_nodes if a.op == "get_attr" and a not in last]
+            self._reads[segment[0]] = [str(a.target) for a in dict.fromkeys(new)]
+            last |= {a: n for n in segment for a in n.all_input_nodes if a.op == "get_attr"}
+        self._order = list(self._reads)
+        self._dropped: dict[fx.Node, list[fx.Node]] = {}
+        for weight, node in last.items():
+            self._dropped.setdefault(node, []).append(weight)
 
     def __getitem__(self, node: fx.Node) -> Tensor:
         if node not in self._held:
@@ -316,12 +301,15 @@ class _Shared:
         return self._held[node]
 
     def begin(self, segment: Sequence[fx.Node]) -> None:
-        at = self._order.index(segment[0])
-        self._weights.expect([name for first in self._order[at : at + 2] for name in self._reads[first]])
+        """Say what this segment and the next will read."""
+        if self._expect is not None:
+            at = self._order.index(segment[0])
+            self._expect([name for first in self._order[at : at + 2] for name in self._reads[first]])
 
-    def end(self, segment: Sequence[fx.Node]) -> None:
-        for node in [n for n in self._held if self._last.get(n) is segment[0]]:
-            del self._held[node]
+    def used(self, node: fx.Node) -> None:
+        """The last micro-batch is past the node."""
+        for weight in self._dropped.get(node, ()):
+            self._held.pop(weight, None)
 
 
 def _needed(graph_module: fx.GraphModule, looked_at: set[str]) -> list[fx.Node]:

@@ -14,6 +14,7 @@ from slimgraph import checkpoint, distributed, hf
 from slimgraph.budget import Budget
 from slimgraph.errors import CalibrationError, ModelError, SlimgraphError
 from slimgraph.groups import Structure, infer
+from slimgraph.invariants import check_pass
 from slimgraph.manifest import Manifest
 from slimgraph.module import PrunedModule, prune_module
 from slimgraph.passes import Pass
@@ -48,6 +49,7 @@ class Result:
         seconds: by stage.
         similarity: cosine similarity of input and output per layer, when it was measured.
         module_failure: why `model` is None.
+        scores: site -> (units,) float64, what scored lowest went first; None unless they were kept.
     """
 
     model: nn.Module | None
@@ -61,6 +63,7 @@ class Result:
     module_failure: str | None
     _pruned: PrunedModule | None
     parameters_before: int
+    scores: dict[str, Tensor] | None = None
 
     @property
     def name(self) -> str:
@@ -117,6 +120,8 @@ def prune(
     notes: dict[str, Any] | None = None,
     progress: Progress | None = None,
     watch: Stopwatch | None = None,
+    verify: bool = False,
+    keep_scores: bool = False,
 ) -> Result:
     """Make a causal language model smaller.
 
@@ -137,6 +142,8 @@ def prune(
         notes: kept in the result's recipe, beside the calibration settings.
         progress: shows what is going on; quiet by default.
         watch: collects seconds by stage.
+        verify: check every invariant after each pass; an error then names the pass that broke it.
+        keep_scores: keep the score of every unit at the sites that are cut, in `Result.scores`.
 
     Returns:
         The pruned model and graph.
@@ -170,8 +177,9 @@ def prune(
         sizes={name: p.numel() for name, p in model.named_parameters()},
         watch=watch,
         progress=progress or SILENT,
+        scores={} if keep_scores else None,
     )
-    pruned = run_passes(attach(dense, state), chosen.passes)
+    pruned = run_passes(attach(dense, state), chosen.passes, verify=verify)
     with watch("module"):
         module, failure = _prune_module(model, structure, state, pruned)
     return Result(
@@ -186,27 +194,39 @@ def prune(
         module_failure=failure,
         _pruned=module,
         parameters_before=sum(state.sizes.values()),
+        scores=state.scores,
     )
 
 
 def run_passes(
     graph_module: fx.GraphModule,
     passes: Sequence[Pass | Callable[[fx.GraphModule], Any]],
+    *,
+    verify: bool = False,
 ) -> fx.GraphModule:
     """Run passes in order on a graph module that carries a state; return the last graph module.
 
+    Args:
+        graph_module: carries a state.
+        passes: in order.
+        verify: after each pass check every invariant of the graph: well formed, consistent shapes, finite numbers, and
+            masked equivalence with the graph as it was before the first pass.
+
     Raises:
-        SlimgraphError: from a pass, with the name of the pass and of those before it added.
+        SlimgraphError: from a pass or a check after it, with the name of the pass and of those before it added.
     """
-    state_of(graph_module)
+    state = state_of(graph_module)
+    dense = infer(graph_module) if verify else None
     names = [getattr(p, "name", "") or getattr(p, "__name__", type(p).__name__) for p in passes]
     for i, step in enumerate(passes):
         try:
             result = step(graph_module)
+            graph_module = result.graph_module if result is not None else graph_module
+            if dense is not None:
+                check_pass(graph_module, state, dense)
         except SlimgraphError as error:
             before = f", after {', '.join(names[:i])}" if i else ""
             raise type(error)(f"{error} [pass {names[i]}{before}]") from error
-        graph_module = result.graph_module if result is not None else graph_module
     return graph_module
 
 

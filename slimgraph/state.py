@@ -87,6 +87,7 @@ class State:
         budget: how many units stay, once allocated.
         plan, refits: what the sweep decided.
         similarity: cosine similarity of input and output per layer, when it was measured.
+        scores: site -> (units,) float64, what scores lowest goes first; None when they are not to be kept.
         watch: seconds by stage.
         progress: shows what is going on.
         weights: fetches parameters by name; the graph module's own when None.
@@ -105,6 +106,7 @@ class State:
     plan: Plan = field(default_factory=Plan)
     refits: dict[str, Refit] = field(default_factory=dict)
     similarity: list[float] | None = None
+    scores: dict[str, Tensor] | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
     progress: Progress = SILENT
     weights: Weights | None = None

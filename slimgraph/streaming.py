@@ -59,6 +59,7 @@ def prune_checkpoint(
     notes: dict[str, Any] | None = None,
     progress: Progress | None = None,
     watch: Stopwatch | None = None,
+    keep_scores: bool = False,
 ) -> Result:
     """Make a checkpoint smaller without ever holding the model in memory.
 
@@ -85,6 +86,7 @@ def prune_checkpoint(
         notes: kept in the checkpoint's recipe.
         progress: shows what is going on; quiet by default.
         watch: collects seconds by stage.
+        keep_scores: keep the score of every unit at the sites that are cut in this run, in `Result.scores`.
 
     Returns:
         What was decided. Its `model` is None: the weights are in `out`.
@@ -139,6 +141,7 @@ def prune_checkpoint(
             weights=store,
             combine=distributed.combine,
             sink=shards,
+            scores={} if keep_scores else None,
         )
         pruned = run_passes(attach(dense, state), chosen.passes)
         with watch("module"):
@@ -155,6 +158,7 @@ def prune_checkpoint(
             module_failure=f"the weights were written to {out} and are not in memory; load them from there",
             _pruned=module,
             parameters_before=sum(state.sizes.values()),
+            scores=state.scores,
         )
         with watch("write"):
             if distributed.is_first():

@@ -70,6 +70,41 @@ def pruned_dir(model_dir: Path, text: Path, tmp_path_factory: pytest.TempPathFac
 # ---- what works ----
 
 
+def test_what_the_compiler_did(
+    run: Callable[..., Run], model_dir: Path, pruned_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    bisection, overlay, page = tmp_path / "bisect.json", tmp_path / "nodes.json", tmp_path / "report.html"
+    options = ["--text", text, "--seq-len", 16, "--tokens", 64, "--json", bisection, "--node-data", overlay]
+    done = run("bisect", model_dir, pruned_dir, *options)
+    assert (done.code, done.err) == (0, "")
+    assert "unexplained  nothing" in done.out
+    assert json.loads(bisection.read_text())["faults"] == []
+    assert json.loads(overlay.read_text())["graph"]["results"]
+
+    done = run("diff", model_dir, pruned_dir, "--json", "-", "--markdown", tmp_path / "diff.md")
+    assert (done.code, done.err) == (0, "")
+    assert json.loads(done.out)["groups"]
+    assert "## Layers" in (tmp_path / "diff.md").read_text()
+
+    done = run("report", pruned_dir, "--html", page, "--bisect", bisection)
+    assert (done.code, done.err) == (0, "")
+    assert "What restoring one layer would gain" in page.read_text(encoding="utf-8")
+
+    done = run("inspect", model_dir, "--dot", tmp_path / "g.dot", "--graphml", tmp_path / "g.xml", "--json", "-")
+    assert (done.code, done.err) == (0, "")
+    assert (tmp_path / "g.dot").read_text().startswith("graph slimgraph {")
+
+
+def test_wrong_use_of_what_looks_at_models(run: Callable[..., Run], model_dir: Path, tmp_path: Path) -> None:
+    done = run("diff", model_dir, model_dir, model_dir)
+    assert done.code == 2
+    assert "found 3 models" in done.err
+    done = run("report", model_dir, "--html", tmp_path / "out.html")
+    assert done.code == 1
+    assert "was not pruned by slimgraph" in done.err
+    assert not (tmp_path / "out.html").exists()
+
+
 def test_prune_says_what_it_chose(run: Callable[..., Run], model_dir: Path, text: Path, tmp_path: Path) -> None:
     out, plan = tmp_path / "out", tmp_path / "plan.json"
     done = run("prune", model_dir, "--out", out, "--ratio", 0.2, "--calibration", text, *SMALL, "--plan", plan)

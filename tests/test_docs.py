@@ -28,6 +28,14 @@ def test_a_pass_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert "- variance:" in seen
 
 
+def test_the_fault_of_the_example_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / "debugging" / "find_the_fault.py"), run_name="__main__")
+    seen = capsys.readouterr().out
+    assert "nothing: where pruning is not meant to change a value" in seen
+    assert "is the fault: model.layers.1.mlp.up_proj, layer 1." in seen
+    assert "Its rows [3, 4] are not the rows" in seen
+
+
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))])
 def test_links_lead_somewhere(page: str) -> None:
     file = ROOT / page

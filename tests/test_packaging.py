@@ -93,7 +93,9 @@ def test_wheel_and_source_hold_every_module(tmp_path: Path) -> None:
     (wheel,) = (tree / "out").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         shipped = set(archive.namelist())
-    assert modules | {"slimgraph/py.typed"} <= shipped
+    page = {f"slimgraph/debug/page/{each.name}" for each in (ROOT / "slimgraph" / "debug" / "page").iterdir()}
+    assert page
+    assert modules | page | {"slimgraph/py.typed"} <= shipped
     assert {name.split("/")[0] for name in shipped if "dist-info" not in name} == {"slimgraph"}
     assert any(name.endswith("/LICENSE") for name in shipped)
 

@@ -20,6 +20,7 @@ from slimgraph.commands.options import (
     device_named,
     dtype_named,
     start,
+    write_json,
     write_text,
 )
 from slimgraph.debug import report
@@ -65,7 +66,9 @@ def prune_command(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a streamed run that was stopped.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check every invariant after each pass.")] = False,
     plan: Annotated[Path | None, typer.Option(help="Also write which units stay, as JSON.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="Also write the score of every unit, as JSON.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
@@ -75,6 +78,7 @@ def prune_command(
     chosen = _recipe(recipe, method_name, ratio, heads, round_to, no_recovery, seed)
     precision = dtype_named(dtype)
     check_file_target(plan, "--plan")
+    check_file_target(scores, "--scores")
     notes = {
         "model": model,
         "method": method_name or "slimllm" if recipe is None else f"recipe {recipe.name}",
@@ -89,6 +93,10 @@ def prune_command(
             tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
             ids = _calibration_ids(calibration, tokenizer, samples, seq_len, seed)
         if _streams(stream, resume, model, precision):
+            if verify:
+                raise ModelError(
+                    "--verify needs the weights in memory; stream without it and run slimgraph verify on the result"
+                )
             result = prune_checkpoint(
                 model,
                 out,
@@ -100,6 +108,7 @@ def prune_command(
                 resume=resume,
                 force=force,
                 seed=seed,
+                keep_scores=scores is not None,
                 trust_remote_code=trust_remote_code,
                 notes=notes,
                 progress=progress,
@@ -109,7 +118,16 @@ def prune_command(
             with watch("load"), progress(f"load {model}"):
                 dense = load_model(model, dtype=precision, device=where, trust_remote_code=trust_remote_code)
             result = prune_model(
-                dense, ids, recipe=chosen, heads=heads or "auto", seed=seed, notes=notes, progress=progress, watch=watch
+                dense,
+                ids,
+                recipe=chosen,
+                heads=heads or "auto",
+                seed=seed,
+                notes=notes,
+                progress=progress,
+                watch=watch,
+                verify=verify,
+                keep_scores=scores is not None,
             )
             if result.model is None:
                 raise ModelError(f"{result.module_failure}; nothing was written")
@@ -121,6 +139,8 @@ def prune_command(
             return
     if plan is not None:
         write_text(plan, result.plan.to_json())
+    if scores is not None:
+        write_json(str(scores), {site: each.tolist() for site, each in (result.scores or {}).items()})
     result.seconds = watch.stages()
     processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
     typer.echo(

@@ -16,7 +16,7 @@ from slimgraph.groups import Group, Site, Structure, infer
 from slimgraph.pretrained import load_model
 from slimgraph.trace import trace
 
-__all__ = ["Inspection", "inspect"]
+__all__ = ["Inspection", "inspect", "kinds_of_layers"]
 
 _STATIC_SHAPE = (1, 16)  # (batch, tokens) for models that cannot be traced with free ones
 _MOST_NAMES = 6  # listed before "and n more"
@@ -41,7 +41,7 @@ class Inspection:
         structure = self.structure
         return [
             Section("Residual stream", _residual(structure)),
-            *(Section(title, _layer_lines(structure, layer)) for title, layer in _alike(structure)),
+            *(Section(title, _layer_lines(structure, layer)) for title, layer in kinds_of_layers(structure)),
             Section("Outside the layers", _outside(structure)),
             Section("Tied parameters", [f"{name} is read in {n} places" for name, n in structure.tied.items()]),
             Section("Frozen axes", _frozen_outside(structure)),
@@ -116,7 +116,7 @@ def inspect(model: nn.Module | str | Path, *, trust_remote_code: bool = False) -
 # ---- the layers ----
 
 
-def _alike(structure: Structure) -> Iterator[tuple[str, int]]:
+def kinds_of_layers(structure: Structure) -> Iterator[tuple[str, int]]:
     """A title for each kind of layer, and the first layer of that kind."""
     kinds: dict[tuple[str, ...], list[int]] = {}
     for layer in range(len(structure.layers)):
