@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slimgraph import distributed
+from slimgraph.allocator import keep_freed_memory
 from slimgraph.execute import run
 from slimgraph.groups import infer
 from slimgraph.pipeline import micro_batches
@@ -118,6 +119,7 @@ def _child(arguments: argparse.Namespace) -> None:
         "forward": lambda: plain_forward(source, ids, dtype, device),
         "prune": lambda: prune(source, arguments.work / f"{arguments.shape}-out", ids, arguments.ratio, dtype, device),
     }
+    keep_freed_memory()
     found = parts[arguments.part]()
     found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if device.type == "cuda":

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from slimgraph.allocator import keep_freed_memory
 from slimgraph.commands.benchmarking import bench_command
 from slimgraph.commands.comparing import compare_command
 from slimgraph.commands.demonstration import demo_command
@@ -80,6 +81,7 @@ def _common(
     ] = False,
 ) -> None:
     """Make decoder language models smaller: structured pruning inferred from the traced graph."""
+    keep_freed_memory()
 
 
 app.command("inspect")(inspect_command)

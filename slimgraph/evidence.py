@@ -37,6 +37,7 @@ Combine = Callable[[Tensor], Tensor]
 """Sums a tensor over all processes; the result is the same in each."""
 
 _CHUNK = 2048  # columns of a weight that are widened at a time
+_KEPT = 1 << 30  # bytes of dense outputs that are kept from score to fit
 
 
 def alone(sums: Tensor) -> Tensor:
@@ -127,6 +128,7 @@ class Evidence:
     precision: torch.dtype = torch.float64
     combine: Combine = alone
     watch: Stopwatch = field(default_factory=Stopwatch, repr=False)
+    _outputs: list[Tensor] = field(default_factory=list, repr=False, init=False)
 
     def kept_channels(self, kept: Tensor) -> Tensor:
         """Channels that stay when only `kept` units stay.
@@ -188,8 +190,7 @@ class Evidence:
     @cached_property
     def output(self) -> Moments:
         """Moments of the dense output Y = X Wᵀ without bias, over (out_features,)."""
-        weight = self.weight.to(self.device)
-        return self._combined((_product(x, weight) for x in self.inputs), len(weight))
+        return self._combined(self._dense(), len(self.weight))
 
     @cached_property
     def contributions(self) -> Tensor:
@@ -222,15 +223,17 @@ class Evidence:
         weight = self.weight.to(self.device)
         channels = channels.to(self.device)
         sliced = weight.index_select(1, channels)
-        # Near the means; what rounding of the products leaves is put right at the end.
-        mean, sliced_mean = self.projected_mean(), self.projected_mean(channels)
+        # Sums are taken about some point near the means, the same in every process, so that nothing cancels.
+        mean = sliced_mean = torch.zeros(len(weight), dtype=torch.float64, device=self.device)
         sums = torch.zeros(4, len(weight), dtype=torch.float64, device=self.device)
         with self.watch("statistics"):
-            for x in self.inputs:
-                whole = as_rows(_product(x, weight), len(weight))  # new tensors: may be changed in place
+            for i, (x, y) in enumerate(zip(self.inputs, self._dense(), strict=True)):
+                whole = as_rows(y, len(weight))
                 part = as_rows(_product(x.index_select(-1, channels), sliced), len(weight))
-                whole -= mean.to(whole.dtype)
-                part -= sliced_mean.to(part.dtype)
+                if i == 0:
+                    mean, sliced_mean = self._near_means(whole, part)
+                whole = whole - mean.to(whole.dtype)
+                part -= sliced_mean.to(part.dtype)  # in place: it is nobody else's
                 sums[0] += column_sums(whole)
                 sums[1] += column_sums(part)
                 sums[2] += column_sums(whole, part)
@@ -242,6 +245,27 @@ class Evidence:
             covariance=products_sum - rest * sliced_rest / self.count,
             variance=squares - sliced_rest * sliced_rest / self.count,
         )
+
+    def _dense(self) -> Iterator[Tensor]:
+        """The dense output of each batch, without bias, as the model takes it; kept where that is small."""
+        if self._outputs:
+            yield from self._outputs
+            return
+        weight = self.weight.to(self.device)
+        keep = self.count * len(weight) * weight.itemsize <= _KEPT
+        made = []
+        for x in self.inputs:
+            y = _product(x, weight)
+            if keep:
+                made.append(y)
+            yield y
+        self._outputs.extend(made)
+
+    def _near_means(self, whole: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+        """Means over the first batch of every process, as the rows' dtype has them."""
+        count = torch.full_like(whole[0], len(whole), dtype=torch.float64)
+        count, first, second = self.combine(torch.stack([count, column_sums(whole), column_sums(part)]))
+        return (first / count).to(whole.dtype).double(), (second / count).to(whole.dtype).double()
 
     def projected_mean(self, channels: Tensor | None = None) -> Tensor:
         """(out,) float64 mean of the output without bias when only these channels stay; all by default."""

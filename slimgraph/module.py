@@ -191,10 +191,14 @@ _Key = tuple[str, str]  # module path with the layer left out, attribute
 
 @dataclass
 class _Reading:
-    """One way to read an attribute: the new value on every module that has it."""
+    """One way to read an attribute: the new value on every module that has it.
+
+    `is_axis` says whether an axis of the modules is that large afterwards.
+    """
 
     role: str
     values: dict[str, int]
+    is_axis: bool = True
 
 
 def _fit_attributes(model: nn.Module, result: PrunedModule, resolved: Resolved, pruned_graph: fx.GraphModule) -> None:
@@ -264,7 +268,7 @@ def _readings(model: nn.Module, resolved: Resolved, ids: Tensor) -> dict[_Key, l
     """For each attribute that may hold an old size, the ways to read it; those that change it come first.
 
     An attribute that the forward pass reads is tried in every reading. One that it does not read is changed when there
-    is only one reading, for whoever looks at it later.
+    is only one reading, for whoever looks at it later: one that changes it, and no axis that stays as large as it says.
     """
     axes = _axes_by_module(resolved)
     layers = resolved.structure.layers
@@ -285,7 +289,8 @@ def _readings(model: nn.Module, resolved: Resolved, ids: Tensor) -> dict[_Key, l
             if attribute in read.get(path, {}):
                 seen.add(key)
     readings = {key: _ordered_readings(instances) for key, instances in found.items()}
-    return {k: r if k in seen else r[:1] for k, r in readings.items() if r and (k in seen or len(r) == 2)}
+    clear = {k for k, r in readings.items() if len(r) == 2 and not r[-1].is_axis}
+    return {k: r if k in seen else r[:1] for k, r in readings.items() if r and (k in seen or k in clear)}
 
 
 def _ordered_readings(instances: list[tuple[str, dict[str, _Axis]]]) -> list[_Reading]:
@@ -295,7 +300,8 @@ def _ordered_readings(instances: list[tuple[str, dict[str, _Axis]]]) -> list[_Re
     options = {tuple(fits[r].after for _, fits in instances): r for r in sorted(roles, reverse=True)}
     before = tuple(next(iter(fits.values())).before if fits else 0 for _, fits in instances)
     changing = [_Reading(options[o], dict(zip(paths, o, strict=True))) for o in sorted(options) if o != before]
-    return [*changing, _Reading("as it was", dict(zip(paths, before, strict=True)))] if changing else []
+    unchanged = _Reading("as it was", dict(zip(paths, before, strict=True)), is_axis=before in options)
+    return [*changing, unchanged] if changing else []
 
 
 def _axes_by_module(resolved: Resolved) -> dict[str, list[_Axis]]:

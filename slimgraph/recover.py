@@ -100,7 +100,9 @@ def _finish(evidence: Evidence, channels: Tensor, slopes: Tensor, shift: Tensor)
 def _check_finite(evidence: Evidence, weight: Tensor, bias: Tensor | None) -> None:
     """Refuse a projection that holds NaN or infinity."""
     for what, values in [("weight", weight), ("bias", bias)]:
-        if values is not None and not torch.isfinite(values).all():
+        # A sum is finite only if all its terms are.
+        wide = torch.float64 if values is not None and values.dtype == torch.float64 else torch.float32
+        if values is not None and not torch.isfinite(values.sum(dtype=wide)):
             raise NumericsError(
                 f"{evidence.name}: the {what} of the recovered projection is not finite in {weight.dtype}; look for "
                 f"NaN or infinity in the dense weights and the calibration activations"

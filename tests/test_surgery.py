@@ -326,6 +326,14 @@ def test_attributes_that_hold_old_sizes_are_found() -> None:
         assert (linear.out_features, linear.in_features) == tuple(linear.weight.shape)
 
 
+def test_a_width_that_stays_is_not_taken_for_one_that_goes() -> None:
+    # 6 heads of 4 and the residual stream are both 24 wide; the layers say 24 and do not read it
+    made = decoder()
+    resolved = resolve(made.structure, uneven_plan(made.structure))
+    module = prune_module(made.model, resolved, prune_graph(resolved)).module
+    assert [layer.hidden_size for layer in module.model.layers] == [24, 24]
+
+
 def test_a_module_that_cannot_be_pruned_says_so_and_leaves_the_graph() -> None:
     made = decoder()
     name = "model.layers.1.self_attn.v_proj.weight[0].1"
