@@ -276,6 +276,10 @@ class Evidence:
 
     # -- checks -------------------------------------------------------------------------------------------------------
 
+    def require_finite_input(self) -> None:
+        """Raise NumericsError when the input holds NaN or infinity, also for scores and fits that do not look at it."""
+        _ = self._sums
+
     def require_finite_weight(self) -> None:
         """Raise NumericsError when the weight holds NaN or infinity: a comparison can hide it later on."""
         self._require_finite("weight", self.weight)

@@ -134,7 +134,9 @@ def sweep(
 
     def stop_at(u: Units) -> Callable[[Sequence[Tensor]], Callable[[Tensor], Tensor] | None]:
         def stop(inputs: Sequence[Tensor]) -> Callable[[Tensor], Tensor] | None:
-            decision = decide(u, _evidence(structure, u, inputs, norms, fetch, combine, watch or Stopwatch()))
+            evidence = _evidence(structure, u, inputs, norms, fetch, combine, watch or Stopwatch())
+            evidence.require_finite_input()
+            decision = decide(u, evidence)
             if decision is None:
                 return None
             decisions[u.site.name] = decision if remember is None else remember(u, decision)

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+logging.disable_progress_bar()  # what a test saves must not show in what a command writes
 
 VOCABULARY = 64
 WORDS = ["the", "a", "cat", "dog", "tree", "house", "sits", "runs", "sees", "under", "old", "new", "and", "is"]
