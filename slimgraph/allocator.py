@@ -8,14 +8,16 @@ import sys
 __all__ = ["keep_freed_memory"]
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
-_MOST = 2**31 - 1  # bytes
+_KEPT = 128 << 20  # bytes of the largest blocks that are kept
+_SPARE = 512 << 20  # bytes of freed memory that the process keeps in all, at the end of its heap
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep freed blocks of up to 2 GiB for its next ones, instead of giving each back to the kernel.
+    """Let the process keep freed blocks of up to 128 MiB for its next ones, instead of giving each back to the kernel.
 
     By default glibc does that with every block of more than 32 MiB, and the kernel then hands out zeroed pages again,
-    one fault for each 4 KiB: more work than the arithmetic on them. For programs; a library must not decide this.
+    one fault for each 4 KiB: more work than the arithmetic on them. Larger bounds gain no more and leave holes that
+    nothing fits into. For programs; a library must not decide this.
 
     Returns:
         Whether the C library took the setting; one other than glibc does not have it.
@@ -23,4 +25,6 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(mallopt(option, _MOST) for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))
+    if mallopt is None:
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, _KEPT)) and bool(mallopt(_TRIM_THRESHOLD, _SPARE))

@@ -23,14 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, fx
 
+from slimgraph.capacity import memory_free
 from slimgraph.errors import CalibrationError
 from slimgraph.progress import SILENT, Progress
 from slimgraph.trace import call, tensor_at
 
 __all__ = ["Observer", "Parking", "Stop", "Weights", "run"]
-
-_ROOM = 8 << 30  # bytes of parked values that stay in memory by default
-
 
 Weights = Callable[[str], Tensor]
 """Fetches a parameter or buffer by name. Where it has a method `expect(names)`, it is told what will be asked for."""
@@ -74,7 +72,7 @@ def run(
     stops: Mapping[str, Stop] | None = None,
     cuts: Mapping[str, Callable[[Parking], None]] | None = None,
     start: tuple[str, Parking] | None = None,
-    room: int = _ROOM,
+    room: int | None = None,
     progress: Progress | None = None,
     stage: str = "forward",
 ) -> None:
@@ -88,7 +86,8 @@ def run(
         stops: by node name.
         cuts: node name -> what is called with everything that is parked once all micro-batches are past that node.
         start: a cut and what was parked there, to go on from instead of the beginning.
-        room: bytes of parked values that are kept in memory; what is beyond goes to temporary files.
+        room: bytes of parked values that are kept in memory, a quarter of the free memory by default; what is beyond
+            goes to temporary files.
         progress: shows nodes as they are done.
         stage: what to call this in the progress.
     """
@@ -147,13 +146,13 @@ class Parking:
 
     Args:
         count: number of micro-batches.
-        room: bytes kept in memory; micro-batches beyond go to temporary files.
+        room: bytes kept in memory, a quarter of the free memory by default; micro-batches beyond go to temporary files.
     """
 
-    def __init__(self, count: int, room: int = _ROOM) -> None:
+    def __init__(self, count: int, room: int | None = None) -> None:
         self._values: list[dict[str, Any]] = [{} for _ in range(count)]
         self._files: dict[int, Path] = {}
-        self._room = room
+        self._room = memory_free() // 4 if room is None else room
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Parking:
@@ -205,7 +204,7 @@ class Parking:
             self.put(i, values)
 
     @classmethod
-    def load(cls, folder: Path, count: int, device: torch.device, room: int = _ROOM) -> Parking:
+    def load(cls, folder: Path, count: int, device: torch.device, room: int | None = None) -> Parking:
         """What `save` wrote."""
         parking = cls(count, room)
         for i in range(count):

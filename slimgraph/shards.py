@@ -241,18 +241,15 @@ def _refitted(units: Units, refit: Refit) -> dict[str, Tensor]:
 
 def _opened(folder: Path, fingerprint: str, resume: bool) -> _Notes:
     """The notes of the run in the folder, or new ones."""
-    distributed.barrier()
     file = folder / NOTES
-    if not resume:
-        if folder.exists() and distributed.is_first():
+    if distributed.is_first():  # alone: no other process may make the folder before it was looked at
+        if folder.exists() and not resume:
             raise CheckpointError(
                 f"{folder} was left by a run that was stopped: go on with it (resume), or delete it to start again"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        distributed.barrier()
-        return _Notes(fingerprint)
-    if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+    distributed.barrier()
+    if not resume or not file.is_file():
         return _Notes(fingerprint)
     try:
         notes = _Notes(**json.loads(file.read_text(encoding="utf-8")))
