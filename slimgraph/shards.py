@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slimgraph import distributed
+from slimgraph.allocator import give_back
 from slimgraph.axes import size
 from slimgraph.errors import CheckpointError, NumericsError
 from slimgraph.execute import Parking
@@ -160,6 +161,7 @@ class Shards:
             _replace(self._folder / NOTES, json.dumps(asdict(self._notes)))
         distributed.barrier()
         shutil.rmtree(self._parked(layer - 1), ignore_errors=True)
+        give_back()
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
