@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from decoders import FeedForward, Toy
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -17,7 +18,6 @@ from slimgraph.bench import Rate, Settings, bench
 from slimgraph.cost import Cost, cost
 from slimgraph.errors import CalibrationError, EvaluationError, ModelError
 from slimgraph.peak import peak_growth
-from tests.decoders import FeedForward, Toy
 
 QUICK = Settings(prompt_tokens=8, new_tokens=3, batch=2, repetitions=2)
 COST = Cost(parameters=1, weight_bytes=1, macs_per_token=1, tokens=1, cache_bytes_per_token=1, cache_bytes_fixed=0)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from decoders import FeedForward, Toy, decoder, make, tokens
 from torch import nn
 
 from slimgraph.cost import cache_bytes, checkpoint_bytes, cost, macs, weight_bytes
@@ -10,7 +11,6 @@ from slimgraph.passes import ApplyPlan
 from slimgraph.pipeline import prune
 from slimgraph.plan import Cut, Plan
 from slimgraph.recipe import Recipe
-from tests.decoders import FeedForward, Toy, decoder, make, tokens
 
 
 def linear_products(model: nn.Module) -> int:
