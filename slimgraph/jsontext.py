@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-__all__ = ["json_text"]
+__all__ = ["finite", "json_text"]
 
 
 def json_text(data: Any) -> str:
@@ -17,12 +17,13 @@ def json_text(data: Any) -> str:
      "value": null
     }
     """
-    return json.dumps(_finite(data), indent=1, allow_nan=False)
+    return json.dumps(finite(data), indent=1, allow_nan=False)
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
+    """The data with null in place of NaN and infinity, which JSON does not know."""
     if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
+        return {key: finite(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
+        return [finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -21,7 +21,7 @@ from slimgraph.passes import Pass
 from slimgraph.plan import Plan, resolve
 from slimgraph.pretrained import check_finite, check_tokens
 from slimgraph.progress import SILENT, Progress, Stopwatch
-from slimgraph.recipe import Recipe, method
+from slimgraph.recipe import Recipe, recipe_for
 from slimgraph.state import State, attach, state_of
 from slimgraph.text import Tokenizer, calibration_tokens, is_source
 from slimgraph.trace import trace
@@ -155,11 +155,7 @@ def prune(
         CalibrationError: no calibration tokens, too few, or some that the model does not know.
         NumericsError: NaN or infinity in weights or activations.
     """
-    chosen = (
-        recipe
-        if isinstance(recipe, Recipe)
-        else method(recipe, ratio, recovery=recovery, heads=heads, round_to=round_to, seed=seed)
-    )
+    chosen = recipe_for(recipe, ratio, recovery=recovery, heads=heads, round_to=round_to, seed=seed)
     watch = watch or Stopwatch()
     ids, settings = read_calibration(calibration, tokenizer, samples, seq_len, seed)
     check_tokens(model, ids)

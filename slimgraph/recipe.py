@@ -31,7 +31,7 @@ from slimgraph.passes import (
     pass_named,
 )
 
-__all__ = ["METHODS", "Recipe", "method"]
+__all__ = ["METHODS", "Recipe", "method", "recipe_for"]
 
 METHODS = ("slimllm", "magnitude", "wanda", "flap", "taylor", "random")
 
@@ -131,6 +131,11 @@ def method(
         raise RecipeError(f"no method is called {name!r}; there are {', '.join(METHODS)}")
     uniform = UniformAllocation(ratio=ratio, heads=heads, round_to=round_to)
     return Recipe((scores[name], _recovery(recovery or "no_recovery"), uniform, Sweep(), Verify()))
+
+
+def recipe_for(recipe: Recipe | str, ratio: float, **options: Any) -> Recipe:
+    """The recipe itself, or that of the method of this name; see `method` for the options."""
+    return recipe if isinstance(recipe, Recipe) else method(recipe, ratio, **options)
 
 
 def _recovery(name: str) -> Pass:

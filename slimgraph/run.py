@@ -7,7 +7,6 @@ what was measured, `run.yaml` the run file itself. A run that was stopped goes o
 
 from __future__ import annotations
 
-import importlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +18,11 @@ import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
+from slimgraph.bench import Settings
+from slimgraph.compare import Comparison, Contender, Measures, compare
 from slimgraph.errors import CheckpointError, ModelError, RecipeError
 from slimgraph.evaluation import Evaluation, evaluate
+from slimgraph.finetune import FinetuneResult, FinetuneSettings, finetune
 from slimgraph.jsontext import json_text
 from slimgraph.pipeline import Result, prune
 from slimgraph.pretrained import load_model, load_tokenizer
@@ -210,9 +212,9 @@ class RunReport:
     directory: Path
     checkpoints: dict[str, Path] = field(default_factory=dict)
     pruned: Result | None = None
-    finetuned: Any = None
+    finetuned: FinetuneResult | None = None
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
-    comparison: Any = None
+    comparison: Comparison | None = None
     kept: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
@@ -273,13 +275,8 @@ def _changed(data: Any, changes: Sequence[str]) -> Any:
     return data
 
 
-def _settings(section: FinetuneSection) -> Any:
-    return _part("finetune").FinetuneSettings.from_dict(section.model_extra or {})
-
-
-def _part(name: str) -> Any:
-    """A module that only some runs need, and whose extras they need with it."""
-    return importlib.import_module(f"slimgraph.{name}")
+def _settings(section: FinetuneSection) -> FinetuneSettings:
+    return FinetuneSettings.from_dict(section.model_extra or {})
 
 
 def _check_inputs(plan: RunFile) -> None:
@@ -351,13 +348,18 @@ def _prune(plan: RunFile, report: RunReport, load: Callable[..., Any], tokenizer
 
 
 def _finetune(
-    plan: RunFile, section: FinetuneSection, settings: Any, report: RunReport, dtype: torch.dtype, progress: Progress
+    plan: RunFile,
+    section: FinetuneSection,
+    settings: FinetuneSettings | None,
+    report: RunReport,
+    dtype: torch.dtype,
+    progress: Progress,
 ) -> None:
     if _finished(report, "finetuned"):
         return
     target = report.checkpoints["finetuned"]
     resume = report.pruned is None and target.with_name(f"{target.name}.checkpoints").is_dir()
-    report.finetuned = _part("finetune").finetune(
+    report.finetuned = finetune(
         report.checkpoints["pruned"],
         section.data,
         target,
@@ -398,8 +400,6 @@ def _compare(
     tokenizer: Any,
     progress: Progress,
 ) -> None:
-    compare, bench = _part("compare"), _part("bench")
-
     def tasks(model: Any, its_tokenizer: Any) -> Mapping[str, float]:
         found = evaluate_tasks(
             model,
@@ -414,21 +414,19 @@ def _compare(
         return _shown(found)
 
     sources: dict[str, str | Path] = {"dense": plan.model, **report.checkpoints}
-    contenders = [
-        compare.Contender(name, partial(load, where), tokenizer, checkpoint=where) for name, where in sources.items()
-    ]
+    contenders = [Contender(name, partial(load, where), tokenizer, checkpoint=where) for name, where in sources.items()]
     for other in section.others:
         theirs = load_tokenizer(other, trust_remote_code=plan.trust_remote_code)
-        contenders.append(compare.Contender(other, partial(load, other), theirs, checkpoint=other))
-    measures = compare.Measures(
+        contenders.append(Contender(other, partial(load, other), theirs, checkpoint=other))
+    measures = Measures(
         texts=section.texts,
         seq_len=section.seq_len,
         tokens=section.tokens,
         batch=section.batch,
         tasks=tasks if section.tasks else None,
-        speed=bench.Settings() if section.speed else None,
+        speed=Settings() if section.speed else None,
     )
-    report.comparison = compare.compare(contenders, measures, progress=progress)
+    report.comparison = compare(contenders, measures, progress=progress)
     _write(report.directory / "comparison.json", json_text(report.comparison.to_dict()) + "\n")
     _write(report.directory / "comparison.md", report.comparison.to_markdown() + "\n")
 

@@ -25,7 +25,7 @@ from slimgraph.pipeline import Calibration, Result, micro_batches, read_calibrat
 from slimgraph.plan import resolve
 from slimgraph.pretrained import check_tokens, load_skeleton
 from slimgraph.progress import SILENT, Progress, Stopwatch
-from slimgraph.recipe import Recipe, method
+from slimgraph.recipe import Recipe, recipe_for
 from slimgraph.shards import Shards, run_folder
 from slimgraph.state import State, attach
 from slimgraph.store import Store
@@ -97,11 +97,7 @@ def prune_checkpoint(
         CheckpointError: `out` cannot be written, or a stopped run lies there.
         PlanError, RecipeError, CalibrationError, NumericsError: as in `slimgraph.prune`.
     """
-    chosen = (
-        recipe
-        if isinstance(recipe, Recipe)
-        else method(recipe, ratio, recovery=recovery, heads=heads, round_to=round_to, seed=seed)
-    )
+    chosen = recipe_for(recipe, ratio, recovery=recovery, heads=heads, round_to=round_to, seed=seed)
     watch, progress, place = watch or Stopwatch(), progress or SILENT, torch.device(device)
     target = Path(out).resolve()
     if distributed.is_first():

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import slimgraph
 from slimgraph import hf
-from slimgraph.debug.bisect import Bisection, bisect
+from slimgraph.debug.bisect import bisect
 from slimgraph.debug.compare import Distance
+from slimgraph.debug.findings import Bisection
 from slimgraph.debug.opened import Opened, open_model
 from slimgraph.errors import CalibrationError, GraphError, ModelError, PlanError
 from slimgraph.execute import run as run_graph

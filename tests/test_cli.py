@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import slimgraph
 from slimgraph import cli, demo
+from slimgraph.capacity import memory_needed
 from slimgraph.checkpoint import load_manifest
-from slimgraph.commands import options
+from slimgraph.commands import options, pruning
 from slimgraph.progress import SILENT
 from slimgraph.recipe import method
 
@@ -68,6 +70,41 @@ def pruned_dir(model_dir: Path, text: Path, tmp_path_factory: pytest.TempPathFac
 
 
 # ---- what works ----
+
+
+def test_prune_streams_when_asked_or_when_memory_is_short(
+    run: Callable[..., Run], model_dir: Path, text: Path, pruned_dir: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    calls: list[Path] = []
+    prune_checkpoint = pruning.prune_checkpoint
+    monkeypatch.setattr(pruning, "prune_checkpoint", lambda *a, **k: calls.append(a[1]) or prune_checkpoint(*a, **k))
+
+    def weights(directory: Path) -> dict[str, torch.Tensor]:
+        return {n: t for f in directory.glob("*.safetensors") for n, t in load_file(f).items()}
+
+    common = ["prune", model_dir, "--calibration", text, *SMALL]
+    needed = memory_needed(model_dir, torch.float32)
+    assert needed == sum(t.nbytes for t in weights(model_dir).values())
+    for name, given, free, streams in [
+        ("asked", ["--stream"], 1 << 40, True),
+        ("resumed", ["--resume"], 1 << 40, True),
+        ("short", [], int(1.9 * needed), True),
+        ("ample", [], int(2.1 * needed), False),
+        ("not", ["--no-stream"], 1, False),
+    ]:
+        monkeypatch.setattr(pruning, "memory_free", lambda free=free: free)
+        out = tmp_path / name
+        assert run(*common, "--out", out, *given).code == 0
+        assert (out in calls) == streams
+        assert all(t.equal(weights(pruned_dir)[n]) for n, t in weights(out).items())
+
+
+def test_options_that_streaming_cannot_do_are_refused(
+    run: Callable[..., Run], model_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    common = ["prune", model_dir, "--out", tmp_path / "out", "--calibration", text, *SMALL]
+    refused(run(*common, "--resume", "--no-stream"), "--resume and --no-stream")
+    refused(run(*common, "--stream", "--verify"), "--verify needs the weights in memory")
 
 
 def test_what_the_compiler_did(

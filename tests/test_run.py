@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import slimgraph
 from slimgraph import cli
+from slimgraph.bench import Settings
 from slimgraph.errors import CalibrationError, CheckpointError, RecipeError
+from slimgraph.finetune import FinetuneSettings
 from slimgraph.pretrained import load_model
 from slimgraph.run import RunFile, RunReport, run
 
@@ -169,29 +170,41 @@ def test_fine_tuning_and_comparing_are_given_what_the_file_says(
         called["compare"] = ([c.name for c in contenders], measures)
         return SimpleNamespace(to_dict=lambda: {"entries": 3}, to_markdown=lambda: "| a |")
 
-    tuning, comparing, speed = ModuleType("finetune"), ModuleType("compare"), ModuleType("bench")
-    tuning.finetune = finetune  # type: ignore[attr-defined]
-    tuning.FinetuneSettings = SimpleNamespace(from_dict=lambda d: d)  # type: ignore[attr-defined]
-    comparing.compare = compare  # type: ignore[attr-defined]
-    comparing.Contender = lambda name, *_, **__: SimpleNamespace(name=name)  # type: ignore[attr-defined]
-    comparing.Measures = SimpleNamespace  # type: ignore[attr-defined]
-    speed.Settings = lambda: "settings"  # type: ignore[attr-defined]
-    for name, module in (("finetune", tuning), ("compare", comparing), ("bench", speed)):
-        monkeypatch.setitem(sys.modules, f"slimgraph.{name}", module)
+    monkeypatch.setattr("slimgraph.run.finetune", finetune)
+    monkeypatch.setattr("slimgraph.run.compare", compare)
     content["finetune"] = {"data": "records.json", "teacher": True, "epochs": 1}
     content["compare"] = {"texts": content["evaluate"]["texts"], "speed": True}
     shutil.copytree(finished[0]["out"], content["out"])
     (Path(content["out"]) / "run.yaml").write_text(RunFile.from_dict(content).to_yaml())
     report = run(RunFile.from_dict(content))
     assert called["finetune"]["data"] == "records.json"
-    assert called["finetune"]["settings"] == {"epochs": 1}
+    assert called["finetune"]["settings"] == FinetuneSettings(epochs=1)
     assert called["finetune"]["teacher"] == content["model"]
     assert not called["finetune"]["resume"]
     assert list(report.evaluations) == ["dense", "pruned", "finetuned"]
     names, measures = called["compare"]
     assert names == ["dense", "pruned", "finetuned"]
-    assert (measures.seq_len, measures.tasks, measures.speed) == (128, None, "settings")
+    assert (measures.seq_len, measures.tasks, measures.speed) == (128, None, Settings())
     assert (Path(content["out"]) / "comparison.md").read_text() == "| a |\n"
+
+
+def test_all_four_steps_run(
+    finished: tuple[dict[str, Any], RunReport], content: dict[str, Any], tmp_path: Path
+) -> None:
+    said = ["the cat sits under the tree .", "a dog runs .", "the old house is new ."]
+    asked = ["the cat sees a dog", "the cat sees the tree"]
+    records = [{"instruction": asked[i % 2], "output": said[i % 3]} for i in range(12)]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    content["finetune"] = {"data": str(tmp_path / "records.json"), "epochs": 1, "batch": 4, "cutoff": 48}
+    content["compare"] = {"texts": content["evaluate"]["texts"], "seq_len": 16}
+    report = run(RunFile.from_dict(content))
+    tuned, pruned = (load_model(report.checkpoints[name]).state_dict() for name in ("finetuned", "pruned"))
+    assert tuned.keys() == pruned.keys()
+    assert any(not tuned[name].equal(pruned[name]) for name in tuned)
+    assert [e.name for e in report.comparison.entries] == ["dense", "pruned", "finetuned"]
+    assert list(report.evaluations) == ["dense", "pruned", "finetuned"]
+    table = (Path(content["out"]) / "comparison.md").read_text()
+    assert all(name in table for name in ("dense", "pruned", "finetuned"))
 
 
 def test_the_command(

@@ -9,7 +9,7 @@ from typing import Any
 import networkx as nx
 from torch import Tensor, fx
 
-from slimgraph.debug.bisect import Bisection
+from slimgraph.debug.findings import Bisection
 from slimgraph.groups import Structure
 
 __all__ = ["node_data", "to_dot", "to_graphml"]
