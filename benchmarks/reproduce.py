@@ -194,6 +194,7 @@ class Work:
     def _tasks(self, model: nn.Module) -> None:
         """One task at a time, so that little is lost when it is cut off."""
         loaded = load_tasks(["paper"], include_path=self.options.task_folder)
+        model = model.to(getattr(torch, self.options.task_dtype))
         for (name, entry), known in zip(loaded.entries.items(), PAPER_METRICS, strict=True):
             done = self.found.setdefault("tasks", {})
             if known in done:
@@ -361,7 +362,8 @@ def describe(options: argparse.Namespace) -> str:
         f"`{options.calibration.name}`, the same for all methods. Perplexity in windows of {options.seq_len}; ± is the "
         "standard deviation over the calibration seeds, and for a single run the standard error over windows. Tasks by "
         f"lm-eval, zero-shot, {'all examples' if options.limit is None else f'the first {options.limit} examples'}, in "
-        f"percent ({', '.join(f'{t}: {m}' for t, m in PAPER_METRICS.items())}), with the first seed. Seconds and peak "
+        f"percent ({', '.join(f'{t}: {m}' for t, m in PAPER_METRICS.items())}), with the first seed, the model in "
+        f"{options.task_dtype}. Everything else is float32. Seconds and peak "
         f"memory of pruning, and of fine-tuning where there is some.\nMade by `{command}` with {versions}, Python "
         f"{platform.python_version()}, on {os.cpu_count()} CPU cores that other work shared: the seconds are rough."
     )
@@ -369,7 +371,7 @@ def describe(options: argparse.Namespace) -> str:
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What a results folder is for: with other settings its cells would not belong together."""
-    names = ("of", "tokens", "limit", "samples", "seq_len", "most_records")
+    names = ("of", "tokens", "limit", "task_dtype", "samples", "seq_len", "most_records")
     return {name: getattr(options, name) for name in names} | {"calibration": options.calibration.name}
 
 
@@ -395,6 +397,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=[DENSE, *METHODS], help="only these")
     parser.add_argument("--tokens", type=int, help="only the first so many of each text")
     parser.add_argument("--limit", type=int, help="only the first so many examples of each task")
+    parser.add_argument("--task-dtype", choices=("float32", "bfloat16"), default="float32", help="in tasks")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--device", default="cpu")
