@@ -13,9 +13,10 @@ if __name__ != "slimgraph.passes":
 from slimgraph.passes.allocation import CosineAllocation, UniformAllocation
 from slimgraph.passes.base import Pass, pass_named, pass_names, register
 from slimgraph.passes.fluctuation import Fluctuation, FluctuationAllocation
+from slimgraph.passes.harm import HarmAllocation
 from slimgraph.passes.importance import FeatureSpace, Magnitude, Pearson, RandomImportance, WandaSp
 from slimgraph.passes.pruning import ApplyPlan, Sweep
-from slimgraph.passes.recovery import BiasOnly, NoRecovery, Regression
+from slimgraph.passes.recovery import BiasOnly, LeastSquares, NoRecovery, Regression
 from slimgraph.passes.taylor import Taylor
 from slimgraph.passes.verification import Verify
 
@@ -26,6 +27,8 @@ __all__ = [
     "FeatureSpace",
     "Fluctuation",
     "FluctuationAllocation",
+    "HarmAllocation",
+    "LeastSquares",
     "Magnitude",
     "NoRecovery",
     "Pass",

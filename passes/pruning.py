@@ -70,6 +70,7 @@ class Sweep(Pass):
                 remember=None if sink is None else sink.decided,
                 layer_done=None if sink is None else sink.layer_done,
                 start=None if sink is None else sink.start,
+                twin=state.twin,
             )
         plan = Plan({})
         for u in cut:

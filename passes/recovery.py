@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from slimgraph import recover
-from slimgraph.evidence import Evidence
+from slimgraph.errors import RecipeError
+from slimgraph.evidence import TARGETS, Evidence
 from slimgraph.passes.base import Pass, register
 from slimgraph.state import State
 
-__all__ = ["BiasOnly", "NoRecovery", "Regression"]
+__all__ = ["BiasOnly", "LeastSquares", "NoRecovery", "Regression"]
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,15 @@ class _Recovery(Pass):
         """Record the fit."""
         state.fit = self.fit
         state.fit_adds_bias = self.adds_bias()
+        state.twin = self.needs_twin()
 
     def adds_bias(self) -> bool:
         """Whether a site without bias gains one."""
         return True
+
+    def needs_twin(self) -> bool:
+        """Whether the dense model has to run beside the pruned one."""
+        return False
 
     def fit(self, evidence: Evidence, channels: Tensor) -> tuple[Tensor, Tensor | None]:
         """New weight (out, kept) and bias (out,) for the kept channels."""
@@ -39,6 +45,33 @@ class Regression(_Recovery):
 
     def fit(self, evidence: Evidence, channels: Tensor) -> tuple[Tensor, Tensor | None]:
         return recover.regression(evidence, channels)
+
+
+@register
+@dataclass(frozen=True)
+class LeastSquares(_Recovery):
+    """All kept weights are fitted by least squares, shrunk towards the regression.
+
+    Attributes:
+        target: "local", "dense" or "stream": what the output is fitted to, see `slimgraph.evidence.TARGETS`. All but
+            "local" run the dense model beside the pruned one.
+        prior: how strongly, in tokens: the regression counts as much as so many more; infinity gives the regression.
+    """
+
+    target: str = "stream"
+    prior: float = 4096.0
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise RecipeError(f"{self.name}: target is {self.target!r}; expected one of {', '.join(TARGETS)}")
+        if not self.prior >= 0:
+            raise RecipeError(f"{self.name}: prior is {self.prior}; expected a number of tokens, at least 0")
+
+    def needs_twin(self) -> bool:
+        return self.target != "local"
+
+    def fit(self, evidence: Evidence, channels: Tensor) -> tuple[Tensor, Tensor | None]:
+        return recover.least_squares(evidence, channels, target=self.target, prior=self.prior)
 
 
 @register

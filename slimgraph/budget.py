@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,7 +13,7 @@ from slimgraph.errors import PlanError
 from slimgraph.groups import Structure
 from slimgraph.units import Units, parameter_count
 
-__all__ = ["Budget", "Goal", "at_factor", "keep_at", "solve", "solve_ranked"]
+__all__ = ["Budget", "Goal", "at_factor", "keep_at", "solve", "solve_curves", "solve_ranked"]
 
 _STEPS = 60  # bisection steps; the widths are whole numbers long before
 
@@ -134,6 +136,57 @@ def solve_ranked(goal: Goal, scores: Mapping[str, Tensor], ratio: float) -> Budg
             high = middle
     kept = _make_up(goal, keep(low), keep(high), wanted)
     return Budget(kept, _shares(cut, kept), before, _after(goal, kept))
+
+
+def solve_curves(goal: Goal, curves: Mapping[str, Mapping[int, float]], ratio: float) -> Budget:
+    """Unit counts that remove `ratio` of all parameters at the least total harm, as closely as whole units allow.
+
+    A knapsack in which every site has one of several widths. On the lower convex hull of each site's curve the steps
+    are taken in the order of harm per parameter, which is best for every total that they come to; the last one is cut
+    short where the curve has a width in between.
+
+    Args:
+        goal: what is solved for; its weights do not matter.
+        curves: site name -> units kept per block -> harm, the whole width among them.
+        ratio: share of all parameters that goes.
+
+    Raises:
+        PlanError: as for `solve`.
+    """
+    before, wanted = _wanted(goal, ratio)
+    whole = {u.site.name: u.block_size for u in goal.sites}
+    _check_reachable(goal, {name: min(curves[name]) for name in whole}, ratio)
+    saved = {  # of whole sites: no parameter lies in two of them
+        name: {keep: _after(goal, whole) - _after(goal, {**whole, name: keep}) for keep in curves[name]}
+        for name in whole
+    }
+    steps = sorted(step for name in whole for step in _hull_steps(name, saved[name], curves[name]))
+    keep, removed, needed = dict(whole), 0, _after(goal, whole) - wanted
+    for _, name, width in steps:
+        if removed >= needed:
+            break
+        room = needed - (removed - saved[name][keep[name]])
+        between = [w for w in curves[name] if width <= w <= keep[name]]
+        width = min(between, key=lambda w: abs(saved[name][w] - room)) if saved[name][width] > room else width
+        removed += saved[name][width] - saved[name][keep[name]]
+        keep[name] = width
+    return Budget(keep, _shares(goal.sites, keep), before, _after(goal, keep))
+
+
+def _hull_steps(name: str, saved: Mapping[int, int], curve: Mapping[int, float]) -> Iterator[tuple[float, str, int]]:
+    """Steps of the lower convex hull of harm over parameters saved: (harm per parameter, site, width after it)."""
+    hull: list[int] = []
+    for width in sorted(curve, reverse=True):
+        while len(hull) > 1 and _slope(saved, curve, hull[-2], hull[-1]) >= _slope(saved, curve, hull[-1], width):
+            hull.pop()
+        hull.append(width)
+    for first, second in itertools.pairwise(hull):
+        yield _slope(saved, curve, first, second), name, second
+
+
+def _slope(saved: Mapping[int, int], curve: Mapping[int, float], first: int, second: int) -> float:
+    more = saved[second] - saved[first]
+    return (curve[second] - curve[first]) / more if more > 0 else math.inf
 
 
 def at_factor(goal: Goal, factor: float) -> Budget:

@@ -22,10 +22,13 @@ from slimgraph.moments import Moments, as_rows, column_sums
 from slimgraph.progress import Stopwatch
 
 __all__ = [
+    "TARGETS",
     "Combine",
+    "Crossed",
     "Evidence",
     "Paired",
     "Source",
+    "Twin",
     "alone",
     "column_slices",
     "precision_for",
@@ -86,6 +89,44 @@ class Paired:
     variance: Tensor
 
 
+TARGETS = ("local", "dense", "stream")
+"""What a site's new output can be fitted to.
+
+"local": what the whole site makes of the input that the pruned model gives it. "dense": what it makes of the input that
+the dense model gives it. "stream": the same, and what the residual stream lost before, so that their sum comes out as
+in the dense model; "dense" where the output is not simply added to the stream.
+"""
+
+
+@dataclass(frozen=True)
+class Twin:
+    """What the dense model holds at the same place, for the same tokens.
+
+    Attributes:
+        inputs: the site's input in the dense model, (..., channels) each.
+        stream: the value that the output is added to, (..., out_features) each, in the pruned model and in the dense
+            one; None where the output is not simply added to something.
+    """
+
+    inputs: Sequence[Tensor]
+    stream: tuple[Sequence[Tensor], Sequence[Tensor] | None] | None = None
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """Moments of a target T together with the site's input X; float64.
+
+    Attributes:
+        mean: (out,) of T over the tokens.
+        scatter: (out, channels) sum over tokens of the centred products of T and X.
+        squares: (out,) sum over tokens of the centred squares of T.
+    """
+
+    mean: Tensor
+    scatter: Tensor
+    squares: Tensor
+
+
 @dataclass(frozen=True)
 class _Sums:
     """Token count, and per channel (channels,) float64 the sum and the sum of squares."""
@@ -111,6 +152,7 @@ class Evidence:
         sources: the projections that produce the units.
         kind: "heads" or "channels": what the units are.
         name: where, for messages.
+        twin: what the dense model holds here, where it runs beside the pruned one.
         precision: float64 or float32, what scores and fits compute in; see `precision_for`. Sums over tokens are
             float64 in any case.
         combine: sums over processes.
@@ -125,6 +167,7 @@ class Evidence:
     sources: tuple[Source, ...]
     kind: str
     name: str
+    twin: Twin | None = None
     precision: torch.dtype = torch.float64
     combine: Combine = alone
     watch: Stopwatch = field(default_factory=Stopwatch, repr=False)
@@ -245,6 +288,57 @@ class Evidence:
             covariance=products_sum - rest * sliced_rest / self.count,
             variance=squares - sliced_rest * sliced_rest / self.count,
         )
+
+    @cached_property
+    def _crossings(self) -> dict[str, Crossed]:
+        return {}
+
+    def crossed(self, target: str) -> Crossed:
+        """Moments of a target and the input together, for a fit of all weights; products as for `moments`.
+
+        Args:
+            target: one of `TARGETS`.
+        """
+        if target not in self._crossings:
+            self._crossings[target] = self._local() if target == "local" else self._cross(target)
+        return self._crossings[target]
+
+    def _local(self) -> Crossed:
+        """The local target is a function of the input: no look at the activations is needed."""
+        weight = self.weight.to(self.device, self.precision)
+        scatter = weight @ self.moments.scatter.to(self.precision)
+        return Crossed(self.projected_mean(), scatter.double(), (scatter * weight).sum(1, dtype=torch.float64))
+
+    def _cross(self, target: str) -> Crossed:
+        middle, out = self.mean, len(self.weight)
+        sums = torch.zeros(out, self.weight.shape[1], dtype=torch.float64, device=self.device)
+        alone = torch.zeros(2, out, dtype=torch.float64, device=self.device)
+        near = torch.zeros(out, dtype=torch.float64, device=self.device)
+        with self.watch("statistics"):
+            for i, (x, t) in enumerate(zip(self._rows(), self._targets(target), strict=True)):
+                rows = as_rows(t, out)
+                if i == 0:
+                    near, _ = self._near_means(rows, rows)
+                rows = rows - near.to(rows.dtype)
+                alone += torch.stack([column_sums(rows), column_sums(rows, rows)])
+                sums += rows.mT @ (x - middle.to(x.dtype))  # X is centred: T's own rest drops out
+        rest, squares = self.combine(alone)
+        return Crossed(near + rest / self.count, self.combine(sums), squares - rest.square() / self.count)
+
+    def _targets(self, target: str) -> Iterator[Tensor]:
+        """A target of each batch, without bias."""
+        if target == "local":
+            yield from self._dense()
+            return
+        if target not in TARGETS or self.twin is None:
+            raise CalibrationError(
+                f"{self.name}: the target is {target!r}; expected one of {', '.join(TARGETS)}, all but the first in a "
+                "sweep beside the dense model"
+            )
+        weight, stream = self.weight.to(self.device), self.twin.stream if target == "stream" else None
+        for i, x in enumerate(self.twin.inputs):
+            y = _product(x, weight)
+            yield y if stream is None or stream[1] is None else y + (stream[1][i] - stream[0][i])
 
     def _dense(self) -> Iterator[Tensor]:
         """The dense output of each batch, without bias, as the model takes it; kept where that is small."""

@@ -55,12 +55,19 @@ class Stop:
 
     Attributes:
         reads: the node's input.
-        decide: is given that input of all micro-batches and may return a replacement for the node: a function from
-            input to output.
+        decide: is given that input of all micro-batches, then those of the nodes in `also`, and may return a
+            replacement for the node: a function from input to output.
+        also: other nodes before this one whose values are looked at; they are kept alive until then.
     """
 
     reads: str
-    decide: Callable[[Sequence[Tensor]], Callable[[Tensor], Tensor] | None]
+    decide: Callable[..., Callable[[Tensor], Tensor] | None]
+    also: tuple[str, ...] = ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """All nodes whose values are looked at."""
+        return (self.reads, *self.also)
 
 
 def run(
@@ -73,6 +80,7 @@ def run(
     cuts: Mapping[str, Callable[[Parking], None]] | None = None,
     start: tuple[str, Parking] | None = None,
     room: int | None = None,
+    twins: int = 0,
     progress: Progress | None = None,
     stage: str = "forward",
 ) -> None:
@@ -88,11 +96,14 @@ def run(
         start: a cut and what was parked there, to go on from instead of the beginning.
         room: bytes of parked values that are kept in memory, a quarter of the free memory by default; what is beyond
             goes to temporary files.
+        twins: the last so many micro-batches go through the graph as it is: no replacement is put in place of their
+            nodes, and no observer sees them; stops do.
         progress: shows nodes as they are done.
         stage: what to call this in the progress.
     """
     stops, cuts = stops or {}, cuts or {}
     looked_at = {*stops, *cuts, *(name for o in observers for name in (o.at, *o.needs))}
+    looked_at |= {name for stop in stops.values() for name in stop.needs}
     nodes = _needed(graph_module, looked_at)
     dying = _last_uses(nodes, observers, stops)
     watching: dict[str, list[Observer]] = {}
@@ -111,17 +122,18 @@ def run(
         for segment in segments:
             shared.begin(segment)
             stop = stops.get(segment[0].name)
-            replacement = stop.decide(parking.all(stop.reads)) if stop is not None else None
+            replacement = stop.decide(*map(parking.all, stop.needs)) if stop is not None else None
             for i, ids in enumerate(batches):
                 values = parking.take(i)
-                if stop is not None and replacement is not None:
+                is_twin = i >= len(batches) - twins
+                if stop is not None and replacement is not None and not is_twin:
                     values[segment[0].name] = replacement(values[stop.reads])
                 last = i == len(batches) - 1
                 for node in segment:
                     _step(node, ids, values, shared)
                     if last:
                         shared.used(node)
-                    for o in watching.get(node.name, ()):
+                    for o in () if is_twin else watching.get(node.name, ()):
                         o.call(*(values[name] for name in o.needs))
                     for dead in dying.get(node, ()):
                         values.pop(dead, None)
@@ -223,6 +235,12 @@ class Parking:
             stored: Tensor = file.get_tensor(name)
             return stored
 
+    def copy(self, index: int) -> dict[str, Any]:
+        """All values of one micro-batch; they stay parked."""
+        values = self.take(index)
+        self.put(index, dict(values))
+        return values
+
     def __len__(self) -> int:
         return len(self._values)
 
@@ -237,18 +255,17 @@ _NUMBER = "<number>"
 
 
 class _Column(Sequence[Tensor]):
-    def __init__(self, parking: Parking, name: str) -> None:
+    def __init__(self, parking: Parking, name: str, places: range | None = None) -> None:
         self._parking, self._name = parking, name
+        self._places = range(len(parking)) if places is None else places
 
     def __len__(self) -> int:
-        return len(self._parking)
+        return len(self._places)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return self._parking.look(index % len(self), self._name)
+            return _Column(self._parking, self._name, self._places[index])
+        return self._parking.look(self._places[index], self._name)
 
 
 def _tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -338,7 +355,7 @@ def _segments(
 def _last_uses(
     nodes: Sequence[fx.Node], observers: Sequence[Observer], stops: Mapping[str, Stop]
 ) -> dict[fx.Node, list[str]]:
-    held: dict[str, list[str]] = {name: [stop.reads] for name, stop in stops.items()}
+    held: dict[str, list[str]] = {name: list(stop.needs) for name, stop in stops.items()}
     for o in observers:
         held.setdefault(o.at, []).extend(o.needs)
     last: dict[str, fx.Node] = {}

@@ -17,6 +17,8 @@ from slimgraph.passes import (
     FeatureSpace,
     Fluctuation,
     FluctuationAllocation,
+    HarmAllocation,
+    LeastSquares,
     Magnitude,
     NoRecovery,
     Pass,
@@ -33,7 +35,7 @@ from slimgraph.passes import (
 
 __all__ = ["METHODS", "Recipe", "method", "recipe_for"]
 
-METHODS = ("slimllm", "magnitude", "wanda", "flap", "taylor", "random")
+METHODS = ("slimgraph", "slimllm", "magnitude", "wanda", "flap", "taylor", "random")
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,15 @@ def method(
     """The recipe of a named method.
 
     Args:
-        name: "slimllm", the published method in full; the others for comparison. "flap" ranks the units of all layers
-            together and puts the mean of what goes into the bias. "taylor" needs gradients (see
+        name: "slimgraph", the project's own: SlimLLM's scores, widths by measured harm, and full least squares towards
+            the dense model. "slimllm", the published method in full; the others for comparison. "flap" ranks the units
+            of all layers together and puts the mean of what goes into the bias. "taylor" needs gradients (see
             `slimgraph.passes.taylor` for what they cost), spares the first eighth and the last sixteenth of the layers
             as LLM-Pruner does, cuts the others alike and refits nothing. "magnitude", "wanda" and "random" cut all
             layers alike and refit nothing.
         ratio: share of all parameters that goes.
-        recovery: recipe name of the recovery pass, "regression", "bias_only" or "no_recovery"; the method's own by
-            default.
+        recovery: recipe name of the recovery pass, "least_squares", "regression", "bias_only" or "no_recovery"; the
+            method's own by default.
         heads: "kv", "balanced" or "auto".
         round_to: kept channels are a multiple of this.
         seed: of the random scores.
@@ -120,6 +123,9 @@ def method(
     if name == "slimllm":
         allocation = CosineAllocation(ratio=ratio, heads=heads, round_to=round_to)
         return Recipe((Pearson(), FeatureSpace(), _recovery(recovery or "regression"), allocation, Sweep(), Verify()))
+    if name == "slimgraph":
+        harm = HarmAllocation(ratio=ratio, heads=heads, round_to=round_to)
+        return Recipe((Pearson(), FeatureSpace(), _recovery(recovery or "least_squares"), harm, Sweep(), Verify()))
     if name == "flap":
         ranked = FluctuationAllocation(ratio=ratio, heads=heads, round_to=round_to)
         return Recipe((Fluctuation(), _recovery(recovery or "bias_only"), ranked, Sweep(), Verify()))
@@ -139,7 +145,7 @@ def recipe_for(recipe: Recipe | str, ratio: float, **options: Any) -> Recipe:
 
 
 def _recovery(name: str) -> Pass:
-    passes: dict[str, Pass] = {p.name: p for p in (Regression(), BiasOnly(), NoRecovery())}
+    passes: dict[str, Pass] = {p.name: p for p in (LeastSquares(), Regression(), BiasOnly(), NoRecovery())}
     if name not in passes:
         raise RecipeError(f"no recovery is called {name!r}; there are {', '.join(sorted(passes))}")
     return passes[name]

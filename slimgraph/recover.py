@@ -8,13 +8,15 @@ dense weight.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from slimgraph.errors import NumericsError
 from slimgraph.evidence import Evidence, product_with, zero_share
 
-__all__ = ["bias_only", "none", "regression"]
+__all__ = ["bias_only", "least_squares", "none", "regression"]
 
 
 def none(evidence: Evidence, channels: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -86,11 +88,75 @@ def regression(evidence: Evidence, channels: Tensor) -> tuple[Tensor, Tensor]:
     return _finish(evidence, channels, slopes, pair.mean - slopes * pair.sliced_mean)
 
 
+def least_squares(
+    evidence: Evidence, channels: Tensor, *, target: str = "local", prior: float = 4096.0
+) -> tuple[Tensor, Tensor]:
+    """All kept weights by least squares, shrunk towards what `regression` finds.
+
+    With T the target, C the centred cross-moments of T and X_S, G those of X_S and W₀ = diag(a) W_S of the regression,
+    the weight minimises ‖T - X_S Wᵀ - b‖² + λ‖W - W₀‖²:
+
+        W = W₀ + (C - W₀ G)(G + λI)⁻¹,  b = mean(T) - W mean(X_S),  λ = prior · mean variance of a kept channel.
+
+    So the regression counts as much as `prior` further tokens in which the kept channels are uncorrelated; it is the
+    limit for many. Solved by Cholesky in float64.
+
+    Args:
+        evidence: of the site.
+        channels: (kept,) int64 indices of the channels that stay.
+        target: one of `slimgraph.evidence.TARGETS`.
+        prior: how strongly to shrink, in tokens; infinity gives the regression.
+
+    Returns:
+        Weight (out, kept) and bias (out,).
+
+    Raises:
+        CalibrationError: no token has been seen, or the target needs the dense model beside.
+        NumericsError: the system cannot be solved, or the result is not finite.
+    """
+    channels = channels.to(evidence.device)
+    evidence.require_finite_weight()
+    own, crossed = evidence.moments.restrict(channels), evidence.crossed(target)
+    weight = evidence.weight.to(evidence.device, torch.float64).index_select(1, channels)
+    cross = crossed.scatter.index_select(1, channels)
+
+    products = weight @ own.scatter  # of Y' and X_S; the regression follows from them
+    variance = (products * weight).sum(1)
+    varies = ~(variance <= zero_share(evidence.precision) * (weight.square() @ own.scatter.diagonal()))
+    slopes = torch.where(varies, (cross * weight).sum(1) / torch.where(varies, variance, 1.0), 1.0)[:, None]
+
+    weight = slopes * weight
+    if math.isfinite(prior):
+        shift = prior / own.count * own.scatter.diagonal().mean()
+        weight = weight + _solved(evidence, own.scatter, shift, cross - slopes * products)
+    return _checked(evidence, weight, crossed.mean - weight @ own.mean)
+
+
+def _solved(evidence: Evidence, gram: Tensor, shift: Tensor, right: Tensor) -> Tensor:
+    """Right (gram + shift I)⁻¹ by Cholesky; where rounding keeps that from being positive, with a little more shift."""
+    scale = gram.diagonal().mean()
+    for more in (0.0, 1e-10, 1e-8, 1e-6):
+        system = gram.clone()
+        system.diagonal().add_(shift + more * scale)
+        factor, failed = torch.linalg.cholesky_ex(system)
+        if not int(failed):
+            return torch.cholesky_solve(right.mT, factor).mT
+    raise NumericsError(
+        f"{evidence.name}: the second moments of the kept channels are not positive definite, even with a millionth of "
+        "their mean added; calibrate with more tokens, or with a larger prior"
+    )
+
+
 def _finish(evidence: Evidence, channels: Tensor, slopes: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """The new projection: weight diag(slopes) W_S in the dtype of W, and the dense bias plus `shift`."""
     old = evidence.weight
     kept = old.index_select(1, channels.to(old.device))
-    weight = (kept.to(evidence.precision) * slopes.to(old.device, evidence.precision)[:, None]).to(old.dtype)
+    return _checked(evidence, kept.to(evidence.precision) * slopes.to(old.device, evidence.precision)[:, None], shift)
+
+
+def _checked(evidence: Evidence, weight: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    old = evidence.weight
+    weight = weight.to(old.device, old.dtype)
     bias = shift if evidence.bias is None else shift + evidence.bias.to(shift.device, torch.float64)
     bias = bias.to(old.device, old.dtype)
     _check_finite(evidence, weight, bias)

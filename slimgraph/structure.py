@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import networkx as nx
+import torch
 from torch import fx
 
 from slimgraph.analysis import Analysis, Refusal
@@ -20,6 +21,10 @@ from slimgraph.errors import GraphError, PlanError
 from slimgraph.trace import module_path
 
 __all__ = ["Group", "Occurrence", "Origin", "Site", "Structure"]
+
+
+_ADD = torch.ops.aten.add.Tensor
+_UNCHANGED = {torch.ops.aten.clone.default, torch.ops.aten.alias.default, torch.ops.aten.contiguous.default}
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,25 @@ class Structure:
             for i in (layer_of[p] for p in _prefixes(module_path(node)) if p in layer_of):
                 inside[i].append(node)
         return [self._boundary(i, nodes) for i, nodes in inside.items()]
+
+    def joined(self, site: Site) -> str | None:
+        """The node whose value a site's output is added to, where that value is there before the site is reached.
+
+        None where something else than a sum comes first, like the norm that some models put behind a block.
+        """
+        graph = self.analysis.graph_module.graph
+        order = {n: i for i, n in enumerate(graph.nodes)}
+        node = next(n for n in graph.nodes if n.name == site.node)
+        while len(node.users) == 1:
+            (user,) = node.users
+            if user.target in _UNCHANGED and user.args[0] is node:
+                node = user
+                continue
+            others = [a for a in user.args if a is not node]
+            if user.target is not _ADD or user.kwargs or len(others) != 1 or not isinstance(others[0], fx.Node):
+                return None
+            return others[0].name if order[others[0]] < order[node] and self._is_residual(others[0]) else None
+        return None
 
     def _boundary(self, layer: int, nodes: list[fx.Node]) -> tuple[str, str]:
         mine = set(nodes)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slimgraph.errors import CalibrationError, GraphError, NumericsError
-from slimgraph.evidence import Combine, Evidence, Source, alone, precision_for
+from slimgraph.evidence import Combine, Evidence, Source, Twin, alone, precision_for
 from slimgraph.execute import Observer, Parking, Stop, Weights, run
 from slimgraph.groups import Structure
 from slimgraph.moments import Norms
@@ -23,7 +23,10 @@ from slimgraph.surgery import Refit
 from slimgraph.trace import tensor_at
 from slimgraph.units import Units, origin_units
 
-__all__ = ["Decision", "layer_similarity", "sweep"]
+__all__ = ["Decision", "Projection", "evidence_at", "layer_similarity", "norm_observers", "projection", "sweep"]
+
+Projection = Callable[[Tensor], Tensor]
+"""What stands in place of a site's node: from its dense input to its output."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ def sweep(
     remember: Callable[[Units, Decision], Decision] | None = None,
     layer_done: Callable[[int, Parking], None] | None = None,
     start: tuple[int, Parking] | None = None,
+    twin: bool = False,
 ) -> dict[str, Decision]:
     """Visit sites in graph order, each with the activations that the already pruned sites before it produce.
 
@@ -112,6 +116,8 @@ def sweep(
         layer_done: called with a layer's index and all parked values once every micro-batch is past that layer, for
             layers whose output the graph shows, up to the last site.
         start: layer after which to go on, and what was parked there.
+        twin: send every micro-batch through the dense model too, side by side, so that evidence has what that holds at
+            the same place. What is parked is then that of twice as many micro-batches.
 
     Returns:
         Site name -> decision, for the sites that were cut.
@@ -127,20 +133,21 @@ def sweep(
     fetch = weights or (lambda name: tensor_at(structure.analysis.graph_module, name))
     decisions: dict[str, Decision] = {}
     norms: dict[str, Norms] = {}
-    observers = [
-        Observer(o.node, (o.reads,), _accumulate(norms, o.reads, o.node, site))
-        for o, site in {o.node: (o, u.site.name) for u in units for o in u.site.origins}.values()
-    ]
+    observers = norm_observers(units, norms)
 
-    def stop_at(u: Units) -> Callable[[Sequence[Tensor]], Callable[[Tensor], Tensor] | None]:
-        def stop(inputs: Sequence[Tensor]) -> Callable[[Tensor], Tensor] | None:
-            evidence = _evidence(structure, u, inputs, norms, fetch, combine, watch or Stopwatch())
+    streams = {u.site.name: structure.joined(u.site) for u in units} if twin else {}
+
+    def stop_at(u: Units) -> Callable[..., Callable[[Tensor], Tensor] | None]:
+        def stop(values: Sequence[Tensor], stream: Sequence[Tensor] | None = None) -> Projection | None:
+            inputs, dense = _halves(values, twin)
+            beside = None if dense is None else Twin(dense, None if stream is None else _halves(stream, twin))
+            evidence = evidence_at(structure, u, inputs, beside, norms, fetch, combine, watch or Stopwatch())
             evidence.require_finite_input()
             decision = decide(u, evidence)
             if decision is None:
                 return None
             decisions[u.site.name] = decision if remember is None else remember(u, decision)
-            return _projection(decision)
+            return projection(decision)
 
         return stop
 
@@ -149,10 +156,11 @@ def sweep(
         _check_start(structure, units, ends[start[0]])
     run(
         structure.analysis.graph_module,
-        batches,
+        [*batches, *batches] if twin else batches,
         weights=weights,
+        twins=len(batches) if twin else 0,
         observers=observers,
-        stops={u.site.node: Stop(u.site.reads, stop_at(u)) for u in units},
+        stops={u.site.node: Stop(u.site.reads, stop_at(u), _named(streams.get(u.site.name))) for u in units},
         cuts={node: _calling(layer_done, layer) for layer, node in ends.items()},
         start=None if start is None else (ends[start[0]], start[1]),
         progress=progress,
@@ -191,6 +199,14 @@ def _check_start(structure: Structure, units: Sequence[Units], after: str) -> No
                 )
 
 
+def norm_observers(units: Sequence[Units], norms: dict[str, Norms]) -> list[Observer]:
+    """Observers that gather the norms of what the projections that feed these sites read, by node, into `norms`."""
+    return [
+        Observer(o.node, (o.reads,), _accumulate(norms, o.reads, o.node, site))
+        for o, site in {o.node: (o, u.site.name) for u in units for o in u.site.origins}.values()
+    ]
+
+
 def _accumulate(norms: dict[str, Norms], reads: str, node: str, site: str) -> Callable[[Tensor], None]:
     def look(x: Tensor) -> None:
         if node not in norms:
@@ -205,15 +221,27 @@ def _accumulate(norms: dict[str, Norms], reads: str, node: str, site: str) -> Ca
     return look
 
 
-def _evidence(
+def _halves(values: Sequence[Tensor], twin: bool) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
+    """Values of the pruned model, and of the dense one where it runs beside it."""
+    middle = len(values) // 2
+    return (values[:middle], values[middle:]) if twin else (values, None)
+
+
+def _named(node: str | None) -> tuple[str, ...]:
+    return () if node is None else (node,)
+
+
+def evidence_at(
     structure: Structure,
     units: Units,
     inputs: Sequence[Tensor],
+    twin: Twin | None,
     norms: Mapping[str, Norms],
     fetch: Callable[[str], Tensor],
     combine: Combine,
     watch: Stopwatch,
 ) -> Evidence:
+    """What is known about a site from its input and from the norms that `norm_observers` gathered."""
     site = units.site
     device = inputs[0].device
     sources = tuple(
@@ -229,6 +257,7 @@ def _evidence(
         weight=_oriented(fetch(site.parameter), site.in_dim),
         bias=fetch(site.bias) if site.bias else None,
         inputs=inputs,
+        twin=twin,
         units=units.members.to(device),
         blocks=units.blocks.to(device),
         sources=sources,
@@ -245,7 +274,8 @@ def _oriented(weight: Tensor, in_dim: int) -> Tensor:
     return weight if in_dim == 1 else weight.T
 
 
-def _projection(decision: Decision) -> Callable[[Tensor], Tensor]:
+def projection(decision: Decision) -> Projection:
+    """What a decision makes of the site's dense input, in the dtype of that input."""
     weight, bias = decision.refit.weight, decision.refit.bias
 
     def project(x: Tensor) -> Tensor:

@@ -1,0 +1,106 @@
+"""Every site loses what harms the model least: the allocation of Slimgraph's own method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from slimgraph import harm
+from slimgraph.budget import Budget, Goal, keep_at, solve_curves
+from slimgraph.errors import CalibrationError, PlanError, RecipeError
+from slimgraph.evidence import Evidence
+from slimgraph.groups import Structure
+from slimgraph.passes.allocation import _Allocation, _cut_layers
+from slimgraph.passes.base import register
+from slimgraph.state import State
+from slimgraph.surgery import Refit
+from slimgraph.sweep import Decision
+from slimgraph.units import Units
+
+__all__ = ["HarmAllocation"]
+
+_FEW = 4  # blocks of at most so many units are tried at every width
+
+
+@register
+@dataclass(frozen=True)
+class HarmAllocation(_Allocation):
+    """Every site is cut alone to a few widths, and the budget goes where it harms the next token least.
+
+    Heads and channels compete for the same budget. The importance and recovery passes come before: cuts are tried with
+    their scores and fits. The model has to be in memory.
+
+    Attributes:
+        widths: shares of a site's units that are kept when it is tried; sites with at most four units per block are
+            tried at every width. No site gets narrower than the lowest.
+        tokens: calibration tokens that every cut is tried on.
+        dtype: in which it is tried: "bfloat16", or None for the model's own.
+    """
+
+    widths: tuple[float, ...] = (0.15, 0.4, 0.7)
+    tokens: int = 1024
+    dtype: str | None = "bfloat16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ratio is None:
+            raise RecipeError(f"{self.name}: unit_ratio is {self.unit_ratio}; expected ratio, of all parameters")
+        if not self.widths or not all(0 < w < 1 for w in self.widths):
+            raise RecipeError(f"{self.name}: widths are {self.widths}; expected shares between 0 and 1")
+        if self.tokens < 1:
+            raise RecipeError(f"{self.name}: tokens is {self.tokens}; expected at least 1")
+        if self.dtype not in ("bfloat16", None):
+            raise RecipeError(f"{self.name}: dtype is {self.dtype!r}; expected bfloat16 or null")
+
+    def weights(self, structure: Structure, state: State) -> Mapping[int, float]:
+        return dict.fromkeys(_cut_layers(structure, state), 1.0)
+
+    def budget(self, goal: Goal, structure: Structure, state: State) -> Budget:
+        library = self._library(structure, state)
+        curves = {}
+        for u in goal.sites:
+            least, step = min(library[u.site.name]), 1 if u.site.kind == "heads" else self.round_to
+            between = {least, *range(least, u.block_size, step), u.block_size}
+            curves[u.site.name] = harm.curve(library[u.site.name], u, sorted(between))
+        return solve_curves(goal, curves, self.ratio or 0.0)
+
+    def _library(self, structure: Structure, state: State) -> harm.Library:
+        fit = state.fit
+        if not state.batches:
+            raise CalibrationError("harm_allocation needs calibration tokens; found none in the state")
+        missing = {u.site.kind for u in state.units} - state.importance.keys()
+        if missing or fit is None:
+            lacking = "a fit" if fit is None else f"how to choose {min(missing)}"
+            raise PlanError(f"harm_allocation lacks {lacking}: put importance and recovery passes before it")
+        if state.weights is not None:
+            raise PlanError(
+                "harm_allocation runs the model many times, and for that it has to be in memory; found weights that "
+                "are fetched as needed: load the model whole, or take cosine_allocation"
+            )
+
+        def decide(units: Units, evidence: Evidence, keep: int) -> Decision:
+            kept = state.importance[evidence.kind].select(evidence, keep)
+            channels = evidence.kept_channels(kept)
+            return Decision(kept, channels, Refit(*fit(evidence, channels)))
+
+        with state.watch("harm"):
+            return harm.measure(
+                structure,
+                state.batches,
+                state.units,
+                {u.site.name: self._widths(u) for u in state.units},
+                decide,
+                tokens=self.tokens,
+                dtype=None if self.dtype is None else getattr(torch, self.dtype),
+                combine=state.combine,
+                watch=state.watch,
+                progress=state.progress,
+            )
+
+    def _widths(self, units: Units) -> list[int]:
+        if units.block_size <= _FEW:
+            return list(range(1, units.block_size))
+        tried = {keep_at(units, 1 - share, self.round_to) for share in self.widths}
+        return sorted(tried - {units.block_size})

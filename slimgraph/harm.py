@@ -1,0 +1,228 @@
+"""What cutting one site does to the whole model: a library of (site, units kept) -> harm.
+
+Every site is cut alone, to a few widths, with the scores and the fit that the sweep will use; everything else stays
+dense. Harm is how far the distribution of the next token moves. A budget can then be shared out among all sites, heads
+and channels alike, by what their units are worth.
+
+The dense model is run once over all calibration tokens. At the end of each layer every cut of its sites is tried: the
+first few samples go on from the beginning of the layer to the logits, at a lower precision if that is faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from slimgraph.errors import CalibrationError
+from slimgraph.evidence import Combine, Evidence, Twin, alone
+from slimgraph.execute import Observer, Parking, Stop, run
+from slimgraph.groups import Structure
+from slimgraph.moments import Norms
+from slimgraph.progress import SILENT, Progress, Stopwatch
+from slimgraph.sweep import Decision, evidence_at, norm_observers, projection
+from slimgraph.trace import is_static, tensor_at
+from slimgraph.units import Units
+
+__all__ = ["Library", "curve", "measure"]
+
+Library = Mapping[str, Mapping[int, float]]
+"""Site name -> units kept per block -> KL divergence from the dense model, in nats per token."""
+
+_STRIDE = 4  # every so many positions the logits are looked at
+_SAME_SHAPE = {  # what models put between the last product and the logits, element by element
+    torch.ops.aten.clone.default,
+    torch.ops.aten.div.Tensor,
+    torch.ops.aten.mul.Tensor,
+    torch.ops.aten.tanh.default,
+    torch.ops.aten.to.dtype,
+    torch.ops.aten._to_copy.default,
+}
+
+
+def measure(
+    structure: Structure,
+    batches: Sequence[Tensor],
+    units: Sequence[Units],
+    widths: Mapping[str, Sequence[int]],
+    decide: Callable[[Units, Evidence, int], Decision],
+    *,
+    tokens: int = 1024,
+    dtype: torch.dtype | None = None,
+    combine: Combine = alone,
+    watch: Stopwatch | None = None,
+    progress: Progress | None = None,
+) -> Library:
+    """Cut every site alone to every width, and see what becomes of the next token's distribution.
+
+    Args:
+        structure: groups, sites and layers of a model that is in memory.
+        batches: micro-batches of calibration tokens, (samples, tokens) int64 each: what cuts are decided from.
+        units: the sites.
+        widths: site name -> units kept in each block.
+        decide: units, evidence of the dense model and units kept per block -> what to cut.
+        tokens: number of tokens, whole samples from the first micro-batch, that go to the logits with every cut; the
+            divergence is taken at every fourth position.
+        dtype: in which these go, the model's own by default. A copy of the weights is held in it.
+        combine: sums over processes.
+        watch: collects the seconds that statistics take.
+        progress: shows how far it got.
+
+    Raises:
+        CalibrationError: no calibration tokens.
+        GraphError: the graph shows no layers.
+    """
+    if not batches or not sum(b.numel() for b in batches):
+        raise CalibrationError("no calibration tokens; expected at least one sequence")
+    graph_module = structure.analysis.graph_module
+    boundaries = structure.boundaries()
+    first, *others = batches
+    samples = max(1, tokens // first.shape[1])
+    pieces = [first] if is_static(graph_module) or len(first) <= samples else [first[:samples], first[samples:]]
+    probe = _Probe(graph_module, pieces[0], dtype, combine)
+    norms: dict[str, Norms] = {}
+    tried: dict[int | None, list[tuple[Units, int, Decision]]] = {}
+    found: dict[str, dict[int, float]] = {u.site.name: {} for u in units}
+    at_start: dict[str, Any] = {}
+
+    def stop_at(u: Units) -> Callable[[Sequence[Tensor]], None]:
+        def stop(inputs: Sequence[Tensor]) -> None:
+            evidence = evidence_at(
+                structure, u, inputs, Twin(inputs), norms, probe.fetch, combine, watch or Stopwatch()
+            )
+            evidence.require_finite_input()
+            mine = tried.setdefault(u.site.layer, [])
+            mine += [(u, keep, decide(u, evidence, keep)) for keep in widths[u.site.name]]
+
+        return stop
+
+    def layer_done(layer: int) -> Callable[[Parking], None]:
+        def at(parking: Parking) -> None:
+            start = boundaries[layer - 1][1] if layer else boundaries[0][0]
+            for u, keep, decision in tried.pop(layer, []):
+                found[u.site.name][keep] = probe.divergence(u, decision, start, at_start)
+                tick()
+            remember(parking)
+
+        return at
+
+    def remember(parking: Parking) -> None:
+        at_start.clear()
+        at_start.update(parking.copy(0))
+
+    with (progress or SILENT)("harm", total=sum(map(len, widths.values()))) as tick:
+        run(
+            graph_module,
+            [*pieces, *others],
+            # Somebody looks at the logits, so that everything on the way there is kept.
+            observers=[*norm_observers(units, norms), Observer(probe.logits, (), lambda: None)],
+            stops={u.site.node: Stop(u.site.reads, stop_at(u)) for u in units},
+            cuts={boundaries[0][0]: remember} | {after: layer_done(i) for i, (_, after) in enumerate(boundaries)},
+        )
+    return found
+
+
+def curve(harm: Mapping[int, float], units: Units, widths: Sequence[int]) -> dict[int, float]:
+    """Harm at widths between the measured ones: its square root is linear in between, as for a harm that is quadratic.
+
+    A wider site never counts as more harmful than a narrower one.
+
+    Args:
+        harm: units kept per block -> harm, where it was measured.
+        units: of the site.
+        widths: units kept per block, none below the lowest measured.
+
+    Returns:
+        Width -> harm.
+    """
+    measured = sorted({**harm, units.block_size: 0.0}.items(), reverse=True)
+    worst, points = 0.0, []
+    for keep, value in measured:
+        worst = max(worst, value)
+        points.append((keep, worst**0.5))
+    result = {}
+    for keep in widths:
+        (high, less), (low, more) = next(
+            p for p in zip(points, [*points[1:], points[-1]], strict=True) if p[1][0] <= keep
+        )
+        share = (high - keep) / (high - low)
+        result[keep] = (less + share * (more - less)) ** 2
+    return result
+
+
+@dataclass
+class _Probe:
+    """A few samples that go from the beginning of a layer to the logits."""
+
+    graph_module: fx.GraphModule
+    ids: Tensor
+    dtype: torch.dtype | None
+    combine: Combine
+    _held: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        (output,) = self.graph_module.graph.find_nodes(op="output")
+        self._logits: fx.Node = output.all_input_nodes[0]
+        self._last = _last_product(self._logits)
+        self._dense = self._log_probabilities({}, None)
+
+    @property
+    def logits(self) -> str:
+        """The node that makes them."""
+        return self._logits.name
+
+    def fetch(self, name: str) -> Tensor:
+        """A parameter as the model has it."""
+        return tensor_at(self.graph_module, name)
+
+    def divergence(self, units: Units, decision: Decision, start: str, values: Mapping[str, Any]) -> float:
+        """KL divergence of the model with one site cut from the dense one, in nats per token."""
+        parking = Parking(1)
+        parking.put(0, dict(values))
+        stops = {units.site.node: Stop(units.site.reads, lambda _: projection(decision))}
+        cut = self._log_probabilities(stops, (start, parking))
+        each = (self._dense.exp() * (self._dense - cut)).sum(-1)
+        total, count = self.combine(torch.tensor([float(each.double().sum()), each.numel()], dtype=torch.float64))
+        return max(0.0, float(total / count))
+
+    def _log_probabilities(self, stops: dict[str, Stop], start: tuple[str, Parking] | None) -> Tensor:
+        """(positions, vocabulary) float32."""
+        found: list[Tensor] = []
+        if self._last is not None:
+            stops = stops | {self._last.name: Stop(self._last.all_input_nodes[0].name, lambda _: self._few_positions)}
+        # The graph's own casts name the dtype it was traced in, so it cannot simply be run in another one.
+        with torch.autocast(self.ids.device.type, self.dtype, enabled=self.dtype is not None):
+            run(
+                self.graph_module,
+                [self.ids],
+                weights=self._weights,
+                observers=[Observer(self.logits, (self.logits,), found.append)],
+                stops=stops,
+                cuts={} if start is None else {start[0]: lambda _: None},
+                start=start,
+            )
+        logits = found[0] if self._last is not None else found[0][:, ::_STRIDE]
+        return torch.log_softmax(logits.flatten(0, -2).float(), -1)
+
+    def _few_positions(self, x: Tensor) -> Tensor:
+        parameters = self._last.all_input_nodes[1:] if self._last is not None else ()
+        return torch.nn.functional.linear(x[:, ::_STRIDE], *(self._weights(str(p.target)) for p in parameters))
+
+    def _weights(self, name: str) -> Tensor:
+        if name not in self._held:
+            weight = self.fetch(name)
+            self._held[name] = weight.to(self.dtype) if self.dtype and weight.ndim > 1 else weight
+        return self._held[name]
+
+
+def _last_product(node: fx.Node) -> fx.Node | None:
+    """The linear layer that the logits come from, position by position; None where the graph ends in another way."""
+    while node.target in _SAME_SHAPE and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    if node.target is not torch.ops.aten.linear.default:
+        return None
+    _, *parameters = node.all_input_nodes
+    return node if all(p.op == "get_attr" for p in parameters) and node.meta["val"].ndim == 3 else None
