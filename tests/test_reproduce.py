@@ -50,10 +50,10 @@ def start(script: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[s
     def in_this_process(command: list[str], **_: Any) -> Any:
         cell = script.Cell(**json.loads(command[-1]))
         worked.append(cell.method)
-        script.Work(cell, script.parse()).run()
+        script.Work(cell, script.parse(), script.ABLATIONS if cell.kind else script.METHODS).run()
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(script.subprocess, "run", in_this_process)
+    monkeypatch.setattr(cells.subprocess, "run", in_this_process)
     monkeypatch.setattr(sys, "argv", arguments)
     script.main()
     return worked

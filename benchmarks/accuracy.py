@@ -1,0 +1,163 @@
+"""What each idea of Slimgraph's own method buys over SlimLLM, alone and together: the last table of docs/results.md.
+
+    python benchmarks/accuracy.py --model NAME=DIR --calibration FILE --text wikitext2=FILE --text ptb=FILE \
+        --task-folder DIR --results DIR
+
+Same number of parameters, same calibration tokens in every row of a share. Cells are kept as those of `reproduce.py`
+are, and SlimLLM's own are shared with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from cells import (
+    DENSE,
+    Cell,
+    Maker,
+    Work,
+    average_cell,
+    claim,
+    counted,
+    describe,
+    parser,
+    perplexity_cell,
+    read,
+    slimllm,
+    work_out,
+)
+from results import write_between_markers
+
+from slimgraph.passes import (
+    FeatureSpace,
+    HarmAllocation,
+    LeastSquares,
+    Pearson,
+    Regression,
+    Sweep,
+    Verify,
+)
+from slimgraph.recipe import Recipe, method
+from slimgraph.tasks import PAPER_METRICS
+
+BASELINE, OWN = "SlimLLM", "Slimgraph"
+IDEAS: dict[str, Maker] = {
+    BASELINE: lambda *given: slimllm(*given),
+    "full fit, local target": lambda *given: slimllm(*given, recovery=LeastSquares("local")),
+    "full fit, dense target": lambda *given: slimllm(*given, recovery=LeastSquares("dense")),
+    "full fit, dense target and stream": lambda *given: slimllm(*given, recovery=LeastSquares("stream")),
+    "the same, weak prior (410 tokens)": lambda *given: slimllm(*given, recovery=LeastSquares("stream", 409.6)),
+    "regression, dense target and stream": lambda *given: slimllm(*given, recovery=LeastSquares("stream", math.inf)),
+    "widths by harm": lambda ratio, *_: Recipe(
+        (Pearson(), FeatureSpace(), Regression(), HarmAllocation(ratio=ratio), Sweep(), Verify())
+    ),
+    OWN: lambda ratio, *_: method("slimgraph", ratio),
+}
+MARKERS = ("<!-- accuracy: begin -->", "<!-- accuracy: end -->")
+
+
+def cells(options: argparse.Namespace) -> Iterator[Cell]:
+    """The whole method with all seeds first, then what its parts do with the first."""
+    chosen = [name for name in IDEAS if not options.ideas or name in options.ideas]
+    for model, _ in options.model:
+        yield Cell(model, 0.0, DENSE, options.seeds[0])
+        for share in options.shares:
+            yield from (cell(model, share, name, options.seeds[0]) for name in (BASELINE, OWN) if name in chosen)
+    for seed in options.seeds:
+        for model, _ in options.model:
+            for share in options.shares:
+                alone = [n for n in chosen if seed == options.seeds[0] or n in (BASELINE, OWN)]
+                yield from (cell(model, share, name, seed) for name in alone)
+
+
+def cell(model: str, share: float, name: str, seed: int) -> Cell:
+    """SlimLLM's is the one of the reproduction; tasks are for the whole methods only."""
+    return Cell(model, share, name, seed) if name == BASELINE else Cell(model, share, name, seed, "idea", name == OWN)
+
+
+def write_table(options: argparse.Namespace) -> None:
+    tables = [table(options, model) for model, _ in options.model]
+    write_between_markers(options.out, "\n\n".join([describe(options, "accuracy.py"), *tables]), *MARKERS)
+
+
+def table(options: argparse.Namespace, model: str) -> str:
+    texts = [name for name, _ in options.text]
+    gaps = [f"{text}, gap" for text in texts]
+    columns = ["share", "method", *texts, *gaps, "tasks", "drop", "parameters", "seconds"]
+    lines = [f"`{model}`", "", f"| {' | '.join(columns)} |", f"|--:|---|{'--:|' * (len(columns) - 2)}"]
+    dense = read(options.results / Cell(model, 0.0, DENSE, options.seeds[0]).file)
+    for share in options.shares:
+        found = {name: rows(options, model, share, name) for name in IDEAS}
+        for name, seeds in found.items():
+            if seeds and found[BASELINE] and dense:
+                lines.append(line(share, name, seeds, found[BASELINE], dense, texts))
+    return "\n".join(lines)
+
+
+def rows(options: argparse.Namespace, model: str, share: float, name: str) -> list[dict[str, Any]]:
+    read_ones = [read(options.results / cell(model, share, name, seed).file) for seed in options.seeds]
+    return [row for row in read_ones if "perplexity" in row]
+
+
+def line(
+    share: float,
+    name: str,
+    seeds: Sequence[Mapping[str, Any]],
+    baseline: Sequence[Mapping[str, Any]],
+    dense: Mapping[str, Any],
+    texts: Sequence[str],
+) -> str:
+    values = [perplexity_cell([s["perplexity"][t] for s in seeds]) for t in texts]
+    gaps = [
+        f"{statistics.mean(gap(s, dense, t) for s in paired(seeds, baseline)) / mean_gap:.2f}"
+        for t in texts
+        if (mean_gap := statistics.mean(gap(b, dense, t) for b in paired(baseline, seeds)))
+    ]
+    drops = drop(seeds[0], dense), drop(baseline[0], dense)
+    relative = "-" if None in drops or not drops[1] else f"{(drops[0] or 0.0) / drops[1]:.2f}"
+    cost = [f"{seeds[0]['parameters']:,}", f"{seeds[0]['seconds']:.0f}"]
+    return f"| {' | '.join([f'{share:.0%}', name, *values, *gaps, average_cell(seeds[0]), relative, *cost])} |"
+
+
+def paired(seeds: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those with a seed that the others have too."""
+    known = {other["seed"] for other in others}
+    return [s for s in seeds if s["seed"] in known]
+
+
+def gap(row: Mapping[str, Any], dense: Mapping[str, Any], text: str) -> float:
+    """Of the log-perplexities."""
+    return math.log(row["perplexity"][text]["value"] / dense["perplexity"][text]["value"])
+
+
+def drop(row: Mapping[str, Any], dense: Mapping[str, Any]) -> float | None:
+    """Of the average over all tasks, in percentage points."""
+    averages = []
+    for each in (dense, row):
+        scores = [counted(t)[0] for t in each.get("tasks", {}).values()]
+        if len(scores) < len(PAPER_METRICS):
+            return None
+        averages.append(statistics.mean(scores))
+    return averages[0] - averages[1]
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--ideas", nargs="+", choices=list(IDEAS), help="only these")
+    given = options.parse_args()
+    if given.cell is not None:
+        chosen = Cell(**given.cell)
+        Work(chosen, given, IDEAS).run()
+        return
+    claim(given)
+    if not given.table:
+        work_out(cells(given), given, __file__, lambda: write_table(given))
+    write_table(given)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""One cell of a table of results: a model, a share, a method and a seed, worked out in a process of its own.
+
+Its peak memory is then its own, and it is kept as a JSON file in the results folder: whatever is there already is not
+done again, and a script can be stopped and started at any time. A results folder holds results of one setting only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import slimgraph
+from slimgraph.passes import CosineAllocation, FeatureSpace, Pass, Pearson, Regression, Sweep, Verify
+from slimgraph.perplexity import perplexity
+from slimgraph.pretrained import load_model, load_tokenizer
+from slimgraph.recipe import Recipe
+from slimgraph.tasks import PAPER_METRICS, LoadedTasks, evaluate_tasks, load_tasks
+from slimgraph.text import calibration_tokens, read_tokens, start_tokens
+
+DENSE, TUNED = "dense", "SlimLLM + LoRA"
+PUBLISHED = {0.2: (26 / 32, 10.0), 0.5: (30 / 32, 7.0)}  # share of the parameters -> share of the layers, alpha
+TITLES = ["BoolQ", "PIQA", "HellaSwag", "WinoGrande", "ARC-e", "ARC-c", "OBQA"]
+
+Maker = Callable[[float, float, int], Recipe]
+"""Ratio of all parameters, share that was asked for, number of layers -> recipe."""
+
+
+def slimllm(
+    ratio: float,
+    share: float,
+    layers: int,
+    *,
+    heads: Pass | None = None,
+    channels: Pass | None = None,
+    recovery: Pass | None = None,
+    alpha: float | None = None,
+    cut: float | None = None,
+) -> Recipe:
+    """The published method with the published layers and alpha, or with something in its place."""
+    nearest = min(PUBLISHED, key=lambda known: abs(known - share))
+    of_layers, published_alpha = PUBLISHED[nearest]
+    allocation = CosineAllocation(
+        ratio=ratio,
+        layers=max(1, round((of_layers if cut is None else cut) * layers)),
+        alpha=published_alpha if alpha is None else alpha,
+    )
+    scores = (heads or Pearson(), channels or FeatureSpace())
+    return Recipe((*scores, recovery or Regression(), allocation, Sweep(), Verify()))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured, and under which heading: "" for methods as they are published, or a word like "ablation"."""
+
+    model: str
+    share: float
+    method: str
+    seed: int
+    kind: str = ""
+    tasks: bool = True
+
+    @property
+    def file(self) -> str:
+        """Name of the file that keeps it."""
+        words = "".join(c if c.isalnum() else "-" for c in self.method.lower())
+        kind = f"{self.kind}-" if self.kind else ""
+        return f"{kind}{self.model}-{self.share:g}-{words}-{self.seed}.json"
+
+
+class Work:
+    """Works out one cell with one of the makers of recipes, and writes down whatever it has as soon as it has it."""
+
+    def __init__(self, cell: Cell, options: argparse.Namespace, makers: Mapping[str, Maker]) -> None:
+        self.cell, self.options, self.makers = cell, options, makers
+        self.file = options.results / cell.file
+        self.source = dict(options.model)[cell.model]
+        self.tokenizer = load_tokenizer(self.source)
+        self.found: dict[str, Any] = asdict(cell) | {"finished": False}
+        if self.file.exists():
+            self.found |= json.loads(self.file.read_text(encoding="utf-8"))
+
+    def run(self) -> None:
+        model = load_model(self.source, device=self.options.device)
+        total = sum(p.numel() for p in model.parameters())
+        begun = time.perf_counter()
+        if self.cell.method != DENSE:
+            model = self._pruned(model, total)
+        seconds, peak = time.perf_counter() - begun, peak_memory(self.options.device)
+        if "perplexity" not in self.found:
+            after = sum(p.numel() for p in model.parameters())
+            self.keep(parameters=after, removed=1 - after / total, seconds=seconds, peak_bytes=peak)
+            self.keep(perplexity=self._perplexities(model))
+        if self.cell.tasks and self.cell.seed == self.options.seeds[0] and self.options.task_folder:
+            self._tasks(model)
+        self.keep(finished=True)
+
+    def _pruned(self, model: nn.Module, total: int) -> nn.Module:
+        ids = calibration_tokens(
+            self.options.calibration,
+            self.tokenizer,
+            samples=self.options.samples,
+            seq_len=self.options.seq_len,
+            seed=self.cell.seed,
+        )
+        structure = slimgraph.infer(slimgraph.trace(load_model(self.source, meta=True)))
+        inside = in_layers(model, structure.layers)
+        ratio = self.cell.share * (inside / total if self.options.of == "layers" else 1.0)
+        recipe = self.makers[self.cell.method](ratio, self.cell.share, len(structure.layers))
+        result = slimgraph.prune(model, ids.to(self.options.device), recipe=recipe)
+        if result.model is None:
+            raise SystemExit(f"{self.cell}: {result.module_failure}")
+        self.keep(stages=result.seconds)
+        return self._tuned(result) if self.cell.method == TUNED else result.model
+
+    def _tuned(self, result: Any) -> nn.Module:
+        from slimgraph.finetune import FinetuneSettings, finetune
+
+        settings = FinetuneSettings(records=self.options.most_records, seed=self.cell.seed, save_steps=0)
+        with tempfile.TemporaryDirectory() as folder:
+            tuned = finetune(
+                result, self.options.records, Path(folder) / "tuned", tokenizer=self.tokenizer, settings=settings
+            )
+        self.keep(finetune=tuned.to_dict())
+        model: nn.Module = tuned.model
+        return model
+
+    def _perplexities(self, model: nn.Module) -> dict[str, Any]:
+        start = start_tokens(self.tokenizer)
+        found = {}
+        for name, text in self.options.text:
+            ids = read_tokens(text, self.tokenizer, limit=self.options.tokens, special=not start)
+            found[name] = asdict(perplexity(model, ids, seq_len=self.options.seq_len, start=start))
+        return found
+
+    def _tasks(self, model: nn.Module) -> None:
+        """One task at a time, so that little is lost when it is cut off."""
+        loaded = load_tasks(["paper"], include_path=self.options.task_folder)
+        model = model.to(getattr(torch, self.options.task_dtype))
+        for (name, entry), known in zip(loaded.entries.items(), PAPER_METRICS, strict=True):
+            done = self.found.setdefault("tasks", {})
+            if known in done:
+                continue
+            one = LoadedTasks({name: entry}, loaded.manager)
+            (score,) = evaluate_tasks(model, self.tokenizer, one, limit=self.options.limit).scores
+            done[known] = asdict(score)
+            self.keep()
+
+    def keep(self, **values: Any) -> None:
+        self.found |= values
+        partial_file = self.file.with_suffix(".partial")
+        partial_file.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
+        partial_file.replace(self.file)
+
+
+def in_layers(model: nn.Module, layers: Sequence[str]) -> int:
+    """Parameters of the decoder layers."""
+    return sum(p.numel() for path in layers for p in model.get_submodule(path).parameters())
+
+
+def peak_memory(device: str) -> int:
+    """In bytes: of the device, or of this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def work_out(cells: Iterable[Cell], options: argparse.Namespace, script: str, then: Callable[[], None]) -> None:
+    """Have the script itself work out every cell that is not there yet, each in a process of its own."""
+    for cell in cells:
+        if read(options.results / cell.file).get("finished"):
+            continue
+        begun = time.perf_counter()
+        again = [sys.executable, script, *sys.argv[1:], "--cell", json.dumps(asdict(cell))]
+        done = subprocess.run(again, check=False)
+        state = "done" if done.returncode == 0 else f"failed ({done.returncode})"
+        print(f"{cell.file}: {state}, {time.perf_counter() - begun:.0f} s", flush=True)
+        then()
+
+
+def read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found
+
+
+def claim(options: argparse.Namespace) -> None:
+    """Make the results folder, or see that what is in it was measured alike."""
+    options.results.mkdir(parents=True, exist_ok=True)
+    noted = options.results / "settings.json"
+    if noted.exists() and read(noted) != settings(options):
+        raise SystemExit(f"{options.results} holds results of other settings: {read(noted)}; take another folder")
+    noted.write_text(json.dumps(settings(options), indent=1), encoding="utf-8")
+
+
+# ---- tables ----
+
+
+def perplexity_cell(seeds: Sequence[Mapping[str, Any]]) -> str:
+    values = [s["value"] for s in seeds]
+    spread = statistics.stdev(values) if len(values) > 1 else seeds[0]["standard_error"]
+    digits = 2 if statistics.mean(values) < 1000 else 0
+    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+
+
+def counted(task: Mapping[str, Any]) -> tuple[float, float]:
+    return 100 * task["metrics"][task["counted"]], 100 * task["errors"].get(task["counted"], math.nan)
+
+
+def task_cell(cell: Mapping[str, Any], task: str) -> str:
+    found = cell.get("tasks", {}).get(task)
+    return "-" if found is None else f"{counted(found)[0]:.1f}"
+
+
+def average_cell(cell: Mapping[str, Any]) -> str:
+    found = [counted(t) for t in cell.get("tasks", {}).values()]
+    if len(found) < len(PAPER_METRICS):
+        return "-"
+    error = math.sqrt(sum(e * e for _, e in found)) / len(found)
+    return f"{sum(v for v, _ in found) / len(found):.2f} ± {error:.2f}"
+
+
+def describe(options: argparse.Namespace, script: str, more_options: str = "") -> str:
+    """How the cells of a table were measured, and with which command."""
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("slimgraph", "torch", "transformers", "lm-eval")
+    )
+    models = " ".join(f"--model {name}={Path(path).name}" for name, path in options.model)
+    texts = " ".join(f"--text {name}={Path(path).name}" for name, path in options.text)
+    tokens = "" if options.tokens is None else f" --tokens {options.tokens}"
+    limit = "" if options.limit is None else f" --limit {options.limit}"
+    folder = "" if options.task_folder is None else f" --task-folder {options.task_folder.name}"
+    records = "" if options.records is None else f" --records {options.records.name}"
+    more = f"{folder}{records}" + ("" if options.most_records is None else f" --most-records {options.most_records}")
+    command = (
+        f"python benchmarks/{script} {models} --calibration {options.calibration.name} {texts}"
+        f"{more}{tokens}{limit} "
+        f"--seeds {' '.join(map(str, options.seeds))} --of {options.of}{more_options}"
+    )
+    share = "the decoder layers' parameters" if options.of == "layers" else "all parameters"
+    return (
+        f"Shares are of {share}. Calibration: {options.samples} windows of {options.seq_len} tokens of "
+        f"`{options.calibration.name}`, the same for all methods. Perplexity in windows of {options.seq_len}; ± is the "
+        "standard deviation over the calibration seeds, and for a single run the standard error over windows. Tasks by "
+        f"lm-eval, zero-shot, {'all examples' if options.limit is None else f'the first {options.limit} examples'}, in "
+        f"percent ({', '.join(f'{t}: {m}' for t, m in PAPER_METRICS.items())}), with the first seed, the model in "
+        f"{options.task_dtype}. Everything else is float32. Seconds and peak "
+        f"memory of pruning, and of fine-tuning where there is some.\nMade by `{command}` with {versions}, Python "
+        f"{platform.python_version()}, on {os.cpu_count()} CPU cores that other work shared: the seconds are rough."
+    )
+
+
+# ---- options ----
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What a results folder is for: with other settings its cells would not belong together."""
+    names = ("of", "tokens", "limit", "task_dtype", "samples", "seq_len", "most_records")
+    return {name: getattr(options, name) for name in names} | {"calibration": options.calibration.name}
+
+
+def named(value: str) -> tuple[str, str]:
+    name, found, path = value.partition("=")
+    if not found:
+        raise argparse.ArgumentTypeError(f"{value!r}: expected NAME=PATH")
+    return name, path
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that all scripts of cells have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=named, action="append", required=True, metavar="NAME=DIR")
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--text", type=named, action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("--task-folder", type=Path, help="task files of lm-eval; none, no tasks")
+    parser.add_argument("--records", type=Path, help="instruction records; none, no fine-tuning")
+    parser.add_argument("--most-records", type=int, help="use only the first so many records")
+    parser.add_argument("--results", type=Path, required=True, help="folder of the cells")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.5])
+    parser.add_argument("--of", choices=("layers", "all"), default="layers", help="what the shares are of")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tokens", type=int, help="only the first so many of each text")
+    parser.add_argument("--limit", type=int, help="only the first so many examples of each task")
+    parser.add_argument("--task-dtype", choices=("float32", "bfloat16"), default="float32", help="in tasks")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--table", action="store_true", help="only write the tables from what is there")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "docs" / "results.md")
+    parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
+    return parser
