@@ -74,7 +74,7 @@ class Cell:
     method: str
     seed: int
     kind: str = ""
-    tasks: bool = True
+    scored: bool = True
 
     @property
     def file(self) -> str:
@@ -107,7 +107,7 @@ class Work:
             after = sum(p.numel() for p in model.parameters())
             self.keep(parameters=after, removed=1 - after / total, seconds=seconds, peak_bytes=peak)
             self.keep(perplexity=self._perplexities(model))
-        if self.cell.tasks and self.cell.seed == self.options.seeds[0] and self.options.task_folder:
+        if self.cell.scored and self.cell.seed == self.options.seeds[0] and self.options.task_folder:
             self._tasks(model)
         self.keep(finished=True)
 

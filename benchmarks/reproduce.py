@@ -68,7 +68,7 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
     if options.ablations:
         for model, _ in options.model:
             for share in options.shares:
-                found = (Cell(model, share, name, options.seeds[0], "ablation", tasks=False) for name in ABLATIONS)
+                found = (Cell(model, share, name, options.seeds[0], "ablation", scored=False) for name in ABLATIONS)
                 yield from found
         return
     for seed in options.seeds:
