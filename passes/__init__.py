@@ -12,6 +12,7 @@ if __name__ != "slimgraph.passes":
 
 from slimgraph.passes.allocation import CosineAllocation, UniformAllocation
 from slimgraph.passes.base import Pass, pass_named, pass_names, register
+from slimgraph.passes.elimination import Elimination
 from slimgraph.passes.fluctuation import Fluctuation, FluctuationAllocation
 from slimgraph.passes.harm import HarmAllocation
 from slimgraph.passes.importance import FeatureSpace, Magnitude, Pearson, RandomImportance, WandaSp
@@ -24,6 +25,7 @@ __all__ = [
     "ApplyPlan",
     "BiasOnly",
     "CosineAllocation",
+    "Elimination",
     "FeatureSpace",
     "Fluctuation",
     "FluctuationAllocation",

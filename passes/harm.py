@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from slimgraph import harm
 from slimgraph.budget import Budget, Goal, keep_at, solve_curves
+from slimgraph.cost import macs, macs_per_unit
 from slimgraph.errors import CalibrationError, PlanError, RecipeError
 from slimgraph.evidence import Evidence
 from slimgraph.groups import Structure
@@ -36,12 +37,15 @@ class HarmAllocation(_Allocation):
         widths: shares of a site's units that are kept when it is tried; sites with at most four units per block are
             tried at every width. No site gets narrower than the lowest.
         tokens: calibration tokens that every cut is tried on.
+        of: what `ratio` is a share of: "parameters" of the whole model, or "macs", the multiply-accumulates of a prompt
+            as long as the calibration samples, output projection included.
         dtype: in which it is tried: "bfloat16", or None for the model's own.
     """
 
     widths: tuple[float, ...] = (0.15, 0.4, 0.7)
     tokens: int = 1024
     dtype: str | None = "bfloat16"
+    of: str = "parameters"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +53,8 @@ class HarmAllocation(_Allocation):
             raise RecipeError(f"{self.name}: unit_ratio is {self.unit_ratio}; expected ratio, of all parameters")
         if not self.widths or not all(0 < w < 1 for w in self.widths):
             raise RecipeError(f"{self.name}: widths are {self.widths}; expected shares between 0 and 1")
+        if self.of not in ("parameters", "macs"):
+            raise RecipeError(f"{self.name}: of is {self.of!r}; expected parameters or macs")
         if self.tokens < 1:
             raise RecipeError(f"{self.name}: tokens is {self.tokens}; expected at least 1")
         if self.dtype not in ("bfloat16", None):
@@ -61,10 +67,18 @@ class HarmAllocation(_Allocation):
         library = self._library(structure, state)
         curves = {}
         for u in goal.sites:
-            least, step = min(library[u.site.name]), 1 if u.site.kind == "heads" else self.round_to
+            least = min(library[u.site.name], default=u.block_size)  # a single unit has to stay
+            step = 1 if u.site.kind == "heads" else self.round_to
             between = {least, *range(least, u.block_size, step), u.block_size}
             curves[u.site.name] = harm.curve(library[u.site.name], u, sorted(between))
-        return solve_curves(goal, curves, self.ratio or 0.0)
+        left = self._macs_left(goal, state.batches[0].shape[1]) if self.of == "macs" else None
+        return solve_curves(goal, curves, self.ratio or 0.0, left)
+
+    def _macs_left(self, goal: Goal, tokens: int) -> Callable[[Mapping[str, int]], float]:
+        each = macs_per_unit(goal.structure, goal.sites, tokens)
+        whole = macs(goal.structure.analysis.graph_module, tokens)
+        sizes = {u.site.name: u.block_size for u in goal.sites}
+        return lambda keep: whole - sum(each[name] * (sizes[name] - n) for name, n in keep.items())
 
     def _library(self, structure: Structure, state: State) -> harm.Library:
         fit = state.fit

@@ -55,17 +55,18 @@ class LeastSquares(_Recovery):
     Attributes:
         target: "local", "dense" or "stream": what the output is fitted to, see `slimgraph.evidence.TARGETS`. All but
             "local" run the dense model beside the pruned one.
-        prior: how strongly, in tokens: the regression counts as much as so many more; infinity gives the regression.
+        prior: how strongly, in tokens: the regression counts as much as so many more; infinity gives the regression,
+            None at each site what predicts held-out samples best.
     """
 
     target: str = "stream"
-    prior: float = 4096.0
+    prior: float | None = 4096.0
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise RecipeError(f"{self.name}: target is {self.target!r}; expected one of {', '.join(TARGETS)}")
-        if not self.prior >= 0:
-            raise RecipeError(f"{self.name}: prior is {self.prior}; expected a number of tokens, at least 0")
+        if self.prior is not None and not self.prior >= 0:
+            raise RecipeError(f"{self.name}: prior is {self.prior}; expected a number of tokens, at least 0, or null")
 
     def needs_twin(self) -> bool:
         return self.target != "local"

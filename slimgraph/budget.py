@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from slimgraph.units import Units, parameter_count
 
 __all__ = ["Budget", "Goal", "at_factor", "keep_at", "solve", "solve_curves", "solve_ranked"]
 
+_CLOSE = 0.01  # of what should go; widths are whole numbers
 _STEPS = 60  # bisection steps; the widths are whole numbers long before
 
 
@@ -138,30 +139,42 @@ def solve_ranked(goal: Goal, scores: Mapping[str, Tensor], ratio: float) -> Budg
     return Budget(kept, _shares(cut, kept), before, _after(goal, kept))
 
 
-def solve_curves(goal: Goal, curves: Mapping[str, Mapping[int, float]], ratio: float) -> Budget:
-    """Unit counts that remove `ratio` of all parameters at the least total harm, as closely as whole units allow.
+def solve_curves(
+    goal: Goal,
+    curves: Mapping[str, Mapping[int, float]],
+    ratio: float,
+    left: Callable[[Mapping[str, int]], float] | None = None,
+) -> Budget:
+    """Unit counts that remove `ratio` of a resource at the least total harm, as closely as whole units allow.
 
     A knapsack in which every site has one of several widths. On the lower convex hull of each site's curve the steps
-    are taken in the order of harm per parameter, which is best for every total that they come to; the last one is cut
-    short where the curve has a width in between.
+    are taken in the order of harm per what they save, which is best for every total that they come to; the last one is
+    cut short where the curve has a width in between.
 
     Args:
         goal: what is solved for; its weights do not matter.
         curves: site name -> units kept per block -> harm, the whole width among them.
-        ratio: share of all parameters that goes.
+        ratio: share of the resource that goes.
+        left: units kept per block at each site -> what is left of the resource, a sum over sites; the parameters of the
+            whole model by default.
 
     Raises:
         PlanError: as for `solve`.
     """
-    before, wanted = _wanted(goal, ratio)
+    _wanted(goal, ratio)
+    of = left or (lambda keep: _after(goal, keep))
     whole = {u.site.name: u.block_size for u in goal.sites}
-    _check_reachable(goal, {name: min(curves[name]) for name in whole}, ratio)
-    saved = {  # of whole sites: no parameter lies in two of them
-        name: {keep: _after(goal, whole) - _after(goal, {**whole, name: keep}) for keep in curves[name]}
-        for name in whole
-    }
+    before = of(whole)
+    needed = ratio * before if left is not None else before - _wanted(goal, ratio)[1]
+    least = of({name: min(curves[name]) for name in whole})
+    if before - least < needed * (1 - _CLOSE):
+        raise PlanError(
+            f"ratio {ratio:g} cannot be reached: with every site at its narrowest width, {1 - least / before:.4f} "
+            "goes. Ask for at most that, or try narrower widths"
+        )
+    saved = {name: {keep: before - of({**whole, name: keep}) for keep in curves[name]} for name in whole}
     steps = sorted(step for name in whole for step in _hull_steps(name, saved[name], curves[name]))
-    keep, removed, needed = dict(whole), 0, _after(goal, whole) - wanted
+    keep, removed = dict(whole), 0.0
     for _, name, width in steps:
         if removed >= needed:
             break
@@ -170,10 +183,10 @@ def solve_curves(goal: Goal, curves: Mapping[str, Mapping[int, float]], ratio: f
         width = min(between, key=lambda w: abs(saved[name][w] - room)) if saved[name][width] > room else width
         removed += saved[name][width] - saved[name][keep[name]]
         keep[name] = width
-    return Budget(keep, _shares(goal.sites, keep), before, _after(goal, keep))
+    return Budget(keep, _shares(goal.sites, keep), sum(goal.sizes.values()), _after(goal, keep))
 
 
-def _hull_steps(name: str, saved: Mapping[int, int], curve: Mapping[int, float]) -> Iterator[tuple[float, str, int]]:
+def _hull_steps(name: str, saved: Mapping[int, float], curve: Mapping[int, float]) -> Iterator[tuple[float, str, int]]:
     """Steps of the lower convex hull of harm over parameters saved: (harm per parameter, site, width after it)."""
     hull: list[int] = []
     for width in sorted(curve, reverse=True):
@@ -184,7 +197,7 @@ def _hull_steps(name: str, saved: Mapping[int, int], curve: Mapping[int, float])
         yield _slope(saved, curve, first, second), name, second
 
 
-def _slope(saved: Mapping[int, int], curve: Mapping[int, float], first: int, second: int) -> float:
+def _slope(saved: Mapping[int, float], curve: Mapping[int, float], first: int, second: int) -> float:
     more = saved[second] - saved[first]
     return (curve[second] - curve[first]) / more if more > 0 else math.inf
 

@@ -7,7 +7,7 @@ shapes suffice, and a model on the meta device costs the same as one in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,14 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimgraph.errors import CheckpointError, ModelError
+from slimgraph.groups import Structure
+from slimgraph.plan import Plan, resolve
+from slimgraph.surgery import prune_graph
 from slimgraph.trace import is_static, retarget, trace
+from slimgraph.units import Units, parameter_count
 from slimgraph.weightfiles import weight_files
 
-__all__ = ["Cost", "cache_bytes", "checkpoint_bytes", "cost", "macs", "weight_bytes"]
+__all__ = ["Cost", "cache_bytes", "checkpoint_bytes", "cost", "macs", "macs_per_unit", "weight_bytes"]
 
 _CACHE_LENGTHS = (4, 8)  # tokens; short, so that a cache with a window has not reached it
 
@@ -104,6 +108,35 @@ def macs(graph_module: fx.GraphModule, tokens: int, batch: int = 1) -> int:
             f"alone ({reason}); expected one whose sizes do not depend on values"
         ) from error
     return int(counter.get_total_flops()) // 2  # a multiply-accumulate counts as two operations there
+
+
+def macs_per_unit(structure: Structure, units: Sequence[Units], tokens: int) -> dict[str, float]:
+    """What one unit of each block of a site costs in a prompt of so many tokens, in multiply-accumulates.
+
+    One of all sites that are alike is cut to half, and counted as the graph then is: products are linear in a width.
+
+    Args:
+        structure: of the dense model; not changed.
+        units: of the sites.
+        tokens: length of the prompt.
+
+    Raises:
+        ModelError: as for `macs`.
+    """
+    graph_module = structure.analysis.graph_module
+    sizes = {name: p.numel() for name, p in graph_module.named_parameters()}
+    before = macs(graph_module, tokens)
+    known: dict[object, float] = {}
+    found = {}
+    for u in units:
+        half = max(1, u.block_size // 2)
+        alike = (u.site.kind, u.block_size, u.block_count, parameter_count(structure, {u.group: half}, sizes))
+        if alike not in known:
+            kept = torch.arange(len(u.blocks)).view(u.block_count, u.block_size)[:, :half].flatten()
+            cut = prune_graph(resolve(structure, Plan(u.cut(kept))))
+            known[alike] = (before - macs(cut, tokens)) / max(1, u.block_size - half)
+        found[u.site.name] = known[alike]
+    return found
 
 
 class _OnShapes(fx.Interpreter):

@@ -11,7 +11,7 @@ Sums over tokens add up over processes: `combine` does that, and every process t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -104,8 +104,8 @@ class Twin:
 
     Attributes:
         inputs: the site's input in the dense model, (..., channels) each.
-        stream: the value that the output is added to, (..., out_features) each, in the pruned model and in the dense
-            one; None where the output is not simply added to something.
+        stream: the value that the output is added to, (..., out_features) each with as many rows as `inputs`, in the
+            pruned model and in the dense one; None where the output is not simply added to something.
     """
 
     inputs: Sequence[Tensor]
@@ -172,6 +172,30 @@ class Evidence:
     combine: Combine = alone
     watch: Stopwatch = field(default_factory=Stopwatch, repr=False)
     _outputs: list[Tensor] = field(default_factory=list, repr=False, init=False)
+
+    def every(self, nth: int, first: int) -> Evidence:
+        """The same site with every n-th sample only, from `first` on: a part to fit on or to test with.
+
+        Raises:
+            CalibrationError: a micro-batch has no such sample.
+        """
+
+        def part(values: Sequence[Tensor]) -> list[Tensor]:
+            # Rows as the input has them: the stream may be shaped otherwise.
+            rows = (v.reshape(*x.shape[:-1], v.shape[-1]) for x, v in zip(self.inputs, values, strict=True))
+            return [v[first::nth] for v in rows]
+
+        if any(x.shape[0] <= first for x in self.inputs):
+            raise CalibrationError(
+                f"{self.name}: a micro-batch of {min(x.shape[0] for x in self.inputs)} samples cannot be split in "
+                f"{nth}; calibrate with more samples in each"
+            )
+        twin = self.twin
+        if twin is not None:
+            stream = twin.stream
+            beside = None if stream is None else (part(stream[0]), None if stream[1] is None else part(stream[1]))
+            twin = Twin(part(twin.inputs), beside)
+        return replace(self, inputs=part(self.inputs), twin=twin)
 
     def kept_channels(self, kept: Tensor) -> Tensor:
         """Channels that stay when only `kept` units stay.
@@ -338,7 +362,8 @@ class Evidence:
         weight, stream = self.weight.to(self.device), self.twin.stream if target == "stream" else None
         for i, x in enumerate(self.twin.inputs):
             y = _product(x, weight)
-            yield y if stream is None or stream[1] is None else y + (stream[1][i] - stream[0][i])
+            # The output may be shaped anew before it is added.
+            yield y if stream is None or stream[1] is None else y + (stream[1][i] - stream[0][i]).reshape(y.shape)
 
     def _dense(self) -> Iterator[Tensor]:
         """The dense output of each batch, without bias, as the model takes it; kept where that is small."""

@@ -216,10 +216,10 @@ class Parking:
             self.put(i, values)
 
     @classmethod
-    def load(cls, folder: Path, count: int, device: torch.device, room: int | None = None) -> Parking:
-        """What `save` wrote."""
-        parking = cls(count, room)
-        for i in range(count):
+    def load(cls, folder: Path, device: torch.device, room: int | None = None) -> Parking:
+        """What `save` wrote, as many micro-batches as there are files."""
+        parking = cls(len(list(folder.glob("*.safetensors"))), room)
+        for i in range(len(parking)):
             stored = _read(folder / f"{i}.safetensors", device)
             parking.put(
                 i, {n.removeprefix(_NUMBER): v.item() if n.startswith(_NUMBER) else v for n, v in stored.items()}

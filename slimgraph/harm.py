@@ -66,7 +66,8 @@ def measure(
         decide: units, evidence of the dense model and units kept per block -> what to cut.
         tokens: number of tokens, whole samples from the first micro-batch, that go to the logits with every cut; the
             divergence is taken at every fourth position.
-        dtype: in which these go, the model's own by default. A copy of the weights is held in it.
+        dtype: in which these go, the model's own by default, and in any case for float64. A copy of the weights is
+            held in it.
         combine: sums over processes.
         watch: collects the seconds that statistics take.
         progress: shows how far it got.
@@ -148,7 +149,7 @@ def curve(harm: Mapping[int, float], units: Units, widths: Sequence[int]) -> dic
         (high, less), (low, more) = next(
             p for p in zip(points, [*points[1:], points[-1]], strict=True) if p[1][0] <= keep
         )
-        share = (high - keep) / (high - low)
+        share = (high - keep) / (high - low) if low < high else 0.0  # only the whole width is known
         result[keep] = (less + share * (more - less)) ** 2
     return result
 
@@ -167,6 +168,8 @@ class _Probe:
         (output,) = self.graph_module.graph.find_nodes(op="output")
         self._logits: fx.Node = output.all_input_nodes[0]
         self._last = _last_product(self._logits)
+        if any(p.dtype == torch.float64 for p in self.graph_module.parameters()):
+            self.dtype = None  # autocast leaves float64 as it is, and the two do not mix
         self._dense = self._log_probabilities({}, None)
 
     @property
@@ -214,7 +217,9 @@ class _Probe:
     def _weights(self, name: str) -> Tensor:
         if name not in self._held:
             weight = self.fetch(name)
-            self._held[name] = weight.to(self.dtype) if self.dtype and weight.ndim > 1 else weight
+            if self.dtype is not None and weight.ndim > 1 and weight.is_floating_point():
+                weight = weight.to(self.dtype)
+            self._held[name] = weight
         return self._held[name]
 
 

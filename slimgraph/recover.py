@@ -9,14 +9,19 @@ dense weight.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from slimgraph.errors import NumericsError
-from slimgraph.evidence import Evidence, product_with, zero_share
+from slimgraph.evidence import Crossed, Evidence, product_with, zero_share
+from slimgraph.moments import Moments
 
-__all__ = ["bias_only", "least_squares", "none", "regression"]
+__all__ = ["PRIORS", "bias_only", "held_out_prior", "least_squares", "none", "regression", "shifted_factor"]
+
+PRIORS = tuple(4.0**k for k in range(3, 10))
+"""Tokens, 64 to 262 144: what `held_out_prior` chooses from."""
 
 
 def none(evidence: Evidence, channels: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -89,7 +94,7 @@ def regression(evidence: Evidence, channels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def least_squares(
-    evidence: Evidence, channels: Tensor, *, target: str = "local", prior: float = 4096.0
+    evidence: Evidence, channels: Tensor, *, target: str = "local", prior: float | None = 4096.0
 ) -> tuple[Tensor, Tensor]:
     """All kept weights by least squares, shrunk towards what `regression` finds.
 
@@ -105,7 +110,7 @@ def least_squares(
         evidence: of the site.
         channels: (kept,) int64 indices of the channels that stay.
         target: one of `slimgraph.evidence.TARGETS`.
-        prior: how strongly to shrink, in tokens; infinity gives the regression.
+        prior: how strongly to shrink, in tokens; infinity gives the regression, None what `held_out_prior` finds.
 
     Returns:
         Weight (out, kept) and bias (out,).
@@ -114,33 +119,112 @@ def least_squares(
         CalibrationError: no token has been seen, or the target needs the dense model beside.
         NumericsError: the system cannot be solved, or the result is not finite.
     """
-    channels = channels.to(evidence.device)
     evidence.require_finite_weight()
-    own, crossed = evidence.moments.restrict(channels), evidence.crossed(target)
-    weight = evidence.weight.to(evidence.device, torch.float64).index_select(1, channels)
-    cross = crossed.scatter.index_select(1, channels)
+    system = _System.of(evidence, channels, target)
+    weight = system.weight(held_out_prior(evidence, channels, target) if prior is None else prior)
+    return _checked(evidence, weight, system.shift(weight))
 
-    products = weight @ own.scatter  # of Y' and X_S; the regression follows from them
-    variance = (products * weight).sum(1)
-    varies = ~(variance <= zero_share(evidence.precision) * (weight.square() @ own.scatter.diagonal()))
-    slopes = torch.where(varies, (cross * weight).sum(1) / torch.where(varies, variance, 1.0), 1.0)[:, None]
 
-    weight = slopes * weight
-    if math.isfinite(prior):
-        shift = prior / own.count * own.scatter.diagonal().mean()
-        weight = weight + _solved(evidence, own.scatter, shift, cross - slopes * products)
-    return _checked(evidence, weight, crossed.mean - weight @ own.mean)
+def held_out_prior(evidence: Evidence, channels: Tensor, target: str = "local") -> float:
+    """The prior with which a fit to every other sample predicts the samples in between best, out of `PRIORS`.
+
+    Args:
+        evidence: of the site, with at least two samples.
+        channels: (kept,) int64 indices of the channels that stay.
+        target: one of `slimgraph.evidence.TARGETS`.
+
+    Returns:
+        A number of tokens.
+
+    Raises:
+        CalibrationError: there are not two samples.
+    """
+    halves = [_System.of(evidence.every(2, first), channels, target) for first in (0, 1)]
+
+    def error(prior: float) -> float:
+        return halves[1].error(halves[0].weight(prior)) + halves[0].error(halves[1].weight(prior))
+
+    return min(PRIORS, key=error)
+
+
+@dataclass(frozen=True)
+class _System:
+    """The normal equations of a fit of a target T by the kept channels X_S; all float64.
+
+    Attributes:
+        evidence: of the site.
+        own: moments of X_S.
+        crossed: moments of T and X_S.
+        products: (out, kept) centred moments of Y' = X_S W_Sᵀ and X_S.
+        start: (out, kept) the regression's weight.
+        slopes: (out, 1) the regression's slopes.
+    """
+
+    evidence: Evidence
+    own: Moments
+    crossed: Crossed
+    products: Tensor
+    start: Tensor
+    slopes: Tensor
+
+    @classmethod
+    def of(cls, evidence: Evidence, channels: Tensor, target: str) -> _System:
+        channels = channels.to(evidence.device)
+        own, all_crossed = evidence.moments.restrict(channels), evidence.crossed(target)
+        crossed = replace(all_crossed, scatter=all_crossed.scatter.index_select(1, channels))
+        weight = evidence.weight.to(evidence.device, torch.float64).index_select(1, channels)
+        products = weight @ own.scatter
+        variance = (products * weight).sum(1)
+        varies = ~(variance <= zero_share(evidence.precision) * (weight.square() @ own.scatter.diagonal()))
+        slopes = torch.where(varies, (crossed.scatter * weight).sum(1) / torch.where(varies, variance, 1.0), 1.0)
+        return cls(evidence, own, crossed, products, slopes[:, None] * weight, slopes[:, None])
+
+    def weight(self, prior: float) -> Tensor:
+        """(out, kept) what minimises the error with the regression worth so many tokens."""
+        if math.isinf(prior):
+            return self.start
+        shift = prior / self.own.count * self.own.scatter.diagonal().mean()
+        rest = self.crossed.scatter - self.slopes * self.products
+        return self.start + _solved(self.evidence, self.own.scatter, shift, rest)
+
+    def shift(self, weight: Tensor) -> Tensor:
+        """(out,) the intercept that goes with a weight."""
+        return self.crossed.mean - weight @ self.own.mean
+
+    def error(self, weight: Tensor) -> float:
+        """Sum of squares that a weight leaves of T, each output channel about its own mean."""
+        explained = (weight * (2 * self.crossed.scatter - weight @ self.own.scatter)).sum()
+        return float(self.crossed.squares.sum() - explained)
 
 
 def _solved(evidence: Evidence, gram: Tensor, shift: Tensor, right: Tensor) -> Tensor:
-    """Right (gram + shift I)⁻¹ by Cholesky; where rounding keeps that from being positive, with a little more shift."""
+    """Right (gram + shift I)⁻¹; zero where no channel varies, as there is nothing to fit then."""
+    if not gram.diagonal().any():
+        return torch.zeros_like(right)
+    return torch.cholesky_solve(right.mT, shifted_factor(evidence, gram, shift)[0]).mT
+
+
+def shifted_factor(evidence: Evidence, gram: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factor of gram + shift I; where rounding keeps that from being positive, with a little more shift.
+
+    Args:
+        evidence: what the second moments are of, for messages.
+        gram: (channels, channels) float64, centred second moments.
+        shift: () float64, at least 0.
+
+    Returns:
+        Lower factor (channels, channels) float64, and the shift () that it is for.
+
+    Raises:
+        NumericsError: a millionth of the mean of the diagonal is not enough.
+    """
     scale = gram.diagonal().mean()
     for more in (0.0, 1e-10, 1e-8, 1e-6):
         system = gram.clone()
         system.diagonal().add_(shift + more * scale)
         factor, failed = torch.linalg.cholesky_ex(system)
         if not int(failed):
-            return torch.cholesky_solve(right.mT, factor).mT
+            return factor, shift + more * scale
     raise NumericsError(
         f"{evidence.name}: the second moments of the kept channels are not positive definite, even with a millionth of "
         "their mean added; calibrate with more tokens, or with a larger prior"

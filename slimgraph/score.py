@@ -21,6 +21,7 @@ from slimgraph.evidence import Evidence, column_slices, zero_share
 from slimgraph.moments import Moments, column_sums
 
 __all__ = [
+    "check_keep",
     "feature_space",
     "magnitude",
     "pearson_select",
@@ -201,11 +202,7 @@ def select_top(scores: Tensor, blocks: Tensor, keep: int, keep_lowest: float = 0
         raise NumericsError("scores to select by are not finite; check the weights and the calibration data")
     if not 0.0 <= keep_lowest <= 1.0:
         raise PlanError(f"keep_lowest is {keep_lowest}, expected a share between 0 and 1")
-    sizes = torch.bincount(blocks).tolist()
-    smallest = min(sizes, default=0)
-    if not 1 <= keep <= smallest:
-        raise PlanError(f"cannot keep {keep} units of each block: the smallest block has {smallest}, and 1 must stay")
-
+    sizes = check_keep(blocks, keep)
     best_first = scores.argsort(descending=True, stable=True)
     kept = []
     for block, size in enumerate(sizes):
@@ -213,6 +210,23 @@ def select_top(scores: Tensor, blocks: Tensor, keep: int, keep_lowest: float = 0
         lowest = min(round(keep_lowest * size), keep)
         kept += [ranked[: keep - lowest], ranked[size - lowest :]]
     return torch.cat(kept).sort().values
+
+
+def check_keep(blocks: Tensor, keep: int) -> list[int]:
+    """Sizes of the blocks, each of which can keep that many units.
+
+    Args:
+        blocks: (units,) int64, the block of each unit, numbered 0, 1, ... without gaps.
+        keep: number of units to keep in each block.
+
+    Raises:
+        PlanError: `keep` is below 1 or above the size of a block.
+    """
+    sizes: list[int] = torch.bincount(blocks).tolist()
+    smallest = min(sizes, default=0)
+    if not 1 <= keep <= smallest:
+        raise PlanError(f"cannot keep {keep} units of each block: the smallest block has {smallest}, and 1 must stay")
+    return sizes
 
 
 class _Similarity:

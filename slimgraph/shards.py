@@ -73,7 +73,6 @@ class Shards:
         fetch: real tensors by name.
         stand_in: tensors of any shape that need no memory.
         units: site name -> its units, for every site that may be cut.
-        batches: number of micro-batches of this process.
         device: where parked values go.
         resume: go on with the run that lies in the folder.
         watch: collects the seconds of writing.
@@ -91,7 +90,6 @@ class Shards:
         fetch: Callable[[str], Tensor],
         stand_in: Callable[[Sequence[int]], Tensor],
         units: Mapping[str, Units],
-        batches: int,
         device: torch.device,
         *,
         resume: bool = False,
@@ -107,7 +105,7 @@ class Shards:
         self._earlier = {name: self._remembered(units[name], kept) for name, kept in self._notes.units.items()}
         self._start: tuple[int, Parking] | None = None
         if self._notes.layer >= 0:
-            parked = Parking.load(self._parked(self._notes.layer), batches, device)
+            parked = Parking.load(self._parked(self._notes.layer), device)
             self._start = (self._notes.layer, parked)
 
     # -- what a sweep asks --------------------------------------------------------------------------------------------

@@ -123,7 +123,6 @@ def prune_checkpoint(
             store,
             stand_in,
             _possible_units(structure, chosen),
-            len(batches),
             place,
             resume=resume,
             watch=watch,

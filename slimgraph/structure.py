@@ -24,7 +24,13 @@ __all__ = ["Group", "Occurrence", "Origin", "Site", "Structure"]
 
 
 _ADD = torch.ops.aten.add.Tensor
-_UNCHANGED = {torch.ops.aten.clone.default, torch.ops.aten.alias.default, torch.ops.aten.contiguous.default}
+_UNCHANGED = {  # rows of features stay what they are; a traced model drops nothing out
+    torch.ops.aten.alias.default,
+    torch.ops.aten.clone.default,
+    torch.ops.aten.contiguous.default,
+    torch.ops.aten.dropout.default,
+    torch.ops.aten.view.default,
+}
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,7 @@ class Structure:
         node = next(n for n in graph.nodes if n.name == site.node)
         while len(node.users) == 1:
             (user,) = node.users
-            if user.target in _UNCHANGED and user.args[0] is node:
+            if user.target in _UNCHANGED and user.args[0] is node and _width(user) == _width(node):
                 node = user
                 continue
             others = [a for a in user.args if a is not node]
@@ -262,6 +268,11 @@ def _prefixes(path: str) -> Iterator[str]:
     steps = path.split(".")
     for i in range(1, len(steps) + 1):
         yield ".".join(steps[:i])
+
+
+def _width(node: fx.Node) -> Any:
+    """Size of a value's last dimension."""
+    return node.meta["val"].shape[-1:]
 
 
 def _none(value: int | None) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -55,11 +57,13 @@ PHI3 = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
+GEMMA3 = {**LLAMA, "sliding_window": 32}
 
 FAMILIES: dict[str, tuple[type[Any], type[Any], Mapping[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, LLAMA),
     "gpt2": (GPT2Config, GPT2LMHeadModel, GPT2),
     "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, NEOX),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, GEMMA3),
     "phi3": (Phi3Config, Phi3ForCausalLM, PHI3),
 }
 

@@ -16,9 +16,10 @@ def test_the_readme_tells_the_truth() -> None:
     assert doctest.testfile(str(ROOT / "README.md"), module_relative=False).failed == 0
 
 
-def test_the_example_recipe_is_the_preset() -> None:
-    recipe = slimgraph.Recipe.from_file(ROOT / "examples" / "slimllm.yaml")
-    assert recipe == slimgraph.method("slimllm", 0.2)
+@pytest.mark.parametrize("name", ["slimllm", "slimgraph"])
+def test_the_example_recipe_is_the_preset(name: str) -> None:
+    recipe = slimgraph.Recipe.from_file(ROOT / "examples" / f"{name}.yaml")
+    assert recipe == slimgraph.method(name, 0.2)
 
 
 def test_a_pass_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:

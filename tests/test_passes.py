@@ -27,7 +27,9 @@ from slimgraph.passes import (
     ApplyPlan,
     BiasOnly,
     CosineAllocation,
+    Elimination,
     FeatureSpace,
+    LeastSquares,
     Magnitude,
     NoRecovery,
     Pass,
@@ -126,6 +128,7 @@ KINDS = [
     (Magnitude(), {"heads", "channels"}),
     (WandaSp(), {"heads", "channels"}),
     (RandomImportance(), {"heads", "channels"}),
+    (Elimination(), {"heads", "channels"}),
 ]
 
 
@@ -185,6 +188,7 @@ def test_random_units_depend_on_seed_and_site_only() -> None:
 
 RECOVERIES = [
     (Regression(), recover.regression, True),
+    (LeastSquares(target="local"), recover.least_squares, True),
     (BiasOnly(), recover.bias_only, True),
     (NoRecovery(), recover.none, False),
 ]

@@ -19,6 +19,8 @@ from slimgraph.passes import (
     FeatureSpace,
     Fluctuation,
     FluctuationAllocation,
+    HarmAllocation,
+    LeastSquares,
     Magnitude,
     NoRecovery,
     Pass,
@@ -42,7 +44,10 @@ CHANGED: dict[str, dict[str, Any]] = {
     "cosine_allocation": {**ALLOCATION, "alpha": 5.0, "layers": 3},
     "fluctuation": {},
     "fluctuation_allocation": ALLOCATION,
+    "elimination": {"prior": 7.0, "rounds": 3},
     "feature_space": {"directions": False, "activations": False, "sources": False, "keep_lowest": 0.01},
+    "harm_allocation": {**ALLOCATION, "widths": (0.5,), "tokens": 64, "dtype": None, "of": "macs"},
+    "least_squares": {"target": "dense", "prior": 7.0},
     "magnitude": {},
     "no_recovery": {},
     "pearson": {"search": False},
@@ -114,7 +119,9 @@ OPTIONS = {"heads": "kv", "round_to": 4}
 def test_methods_are_these_recipes() -> None:
     cosine, uniform = CosineAllocation(ratio=0.2, **OPTIONS), UniformAllocation(ratio=0.2, **OPTIONS)
     inner = UniformAllocation(ratio=0.2, spare_first=0.125, spare_last=0.0625, **OPTIONS)
+    harm = HarmAllocation(ratio=0.2, **OPTIONS)
     expected = {
+        "slimgraph": (Pearson(), FeatureSpace(), LeastSquares(), harm, Sweep(), Verify()),
         "slimllm": (Pearson(), FeatureSpace(), Regression(), cosine, Sweep(), Verify()),
         "magnitude": (Magnitude(), NoRecovery(), uniform, Sweep(), Verify()),
         "wanda": (WandaSp(), NoRecovery(), uniform, Sweep(), Verify()),
@@ -137,12 +144,12 @@ def test_a_recovery_can_be_chosen() -> None:
         (
             {"name": "best"},
             RecipeError,
-            "no method is called 'best'; there are slimllm, magnitude, wanda, flap, taylor, random",
+            "no method is called 'best'; there are slimgraph, slimllm, magnitude, wanda, flap, taylor, random",
         ),
         (
             {"recovery": "hope"},
             RecipeError,
-            "no recovery is called 'hope'; there are bias_only, no_recovery, regression",
+            "no recovery is called 'hope'; there are bias_only, least_squares, no_recovery, regression",
         ),
         ({"ratio": 1.0}, PlanError, "ratio is 1; expected a share of all parameters, 0 <= ratio < 1"),
         ({"ratio": -0.1}, PlanError, "ratio is -0.1; expected a share of all parameters, 0 <= ratio < 1"),

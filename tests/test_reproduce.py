@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +29,13 @@ def script() -> Iterator[ModuleType]:
         sys.path.remove(str(BENCHMARKS))
 
 
+@pytest.fixture(scope="module")
+def ideas(script: ModuleType) -> ModuleType:
+    import accuracy
+
+    return accuracy
+
+
 @pytest.fixture
 def arguments(
     tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM], tiny_tokenizer: PreTrainedTokenizerFast
@@ -36,7 +45,7 @@ def arguments(
     text = tmp_path / "text.txt"
     text.write_text("the old cat sits under a tree and the dog runs .\n" * 60)
     (tmp_path / "results.md").write_text(
-        "".join(f"<!-- {kind}: begin -->\n<!-- {kind}: end -->\n" for kind in ("reproduction", "ablations"))
+        "".join(f"<!-- {kind}: begin -->\n<!-- {kind}: end -->\n" for kind in ("reproduction", "ablations", "accuracy"))
     )
     given = {"model": f"tiny={tmp_path / 'model'}", "calibration": text, "text": f"story={text}", "tokens": 64}
     given |= {"results": tmp_path / "cells", "samples": 4, "seq-len": 16, "out": tmp_path / "results.md"}
@@ -48,12 +57,12 @@ def start(script: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[s
     worked: list[str] = []
 
     def in_this_process(command: list[str], **_: Any) -> Any:
-        cell = script.Cell(**json.loads(command[-1]))
-        worked.append(cell.method)
-        script.Work(cell, script.parse(), script.ABLATIONS if cell.kind else script.METHODS).run()
+        worked.append(json.loads(command[-1])["method"])
+        monkeypatch.setattr(sys, "argv", command[1:])
+        script.main()
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(cells.subprocess, "run", in_this_process)
+    monkeypatch.setattr(subprocess, "run", in_this_process)
     monkeypatch.setattr(sys, "argv", arguments)
     script.main()
     return worked
@@ -98,6 +107,37 @@ def test_a_rank_that_is_not_the_papers_is_said(script: ModuleType) -> None:
     assert script.ranking(rows(2.0, 3.0, 1.0), ["t"])[0].endswith("; NOT as in the paper")
 
 
+def test_ideas_are_laid_beside_the_published_method(
+    script: ModuleType, ideas: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[str], tmp_path: Path
+) -> None:
+    few = [*arguments, "--shares", "0.2", "--seeds", "0"]
+    assert start(script, monkeypatch, [*few, "--methods", "SlimLLM"]) == ["SlimLLM"]
+    both = [*few, "--ideas", "SlimLLM", "Slimgraph"]
+    assert start(ideas, monkeypatch, both) == ["dense", "Slimgraph"]  # SlimLLM is shared with the reproduction
+    rows = [line.split("|")[1:-1] for line in (tmp_path / "results.md").read_text().splitlines() if "| 20% |" in line]
+    table = {row[1].strip(): [word.strip() for word in row[2:]] for row in rows[-2:]}
+    assert table["SlimLLM"][1] == "1.00"
+    assert float(table["Slimgraph"][1]) != 1.0
+
+
+def test_a_gap_is_of_logarithms(ideas: ModuleType) -> None:
+    def row(value: float, right: float) -> dict[str, Any]:
+        tasks = {t: {"metrics": {"acc": right}, "counted": "acc", "errors": {}} for t in ideas.PAPER_METRICS}
+        return {"seed": 0, "perplexity": {"t": {"value": value}}, "tasks": tasks}
+
+    dense, pruned = row(math.e, 0.5), row(math.e**3, 0.4)
+    assert ideas.gap(pruned, dense, "t") == pytest.approx(2.0)
+    assert ideas.drop(pruned, dense) == pytest.approx(10.0)
+    assert ideas.drop({**pruned, "tasks": {}}, dense) is None
+
+
+def test_every_idea_is_a_recipe(ideas: ModuleType) -> None:
+    recipes = [make(0.1, 0.2, 30).to_yaml() for make in ideas.IDEAS.values()]
+    assert len(set(recipes)) == len(ideas.IDEAS)
+
+
 def test_the_layers_share_of_the_parameters(script: ModuleType) -> None:
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 2, bias=False), "b": torch.nn.Linear(2, 2, bias=False)})
-    assert script.in_layers(model, ["b"]) == 4
+    import cells
+
+    assert cells.in_layers(model, ["b"]) == 4

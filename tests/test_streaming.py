@@ -297,7 +297,7 @@ def test_parked_values_survive_saving(room: int, tmp_path: Path) -> None:
     for i in range(2):
         parking.put(i, {**values, "i": i})
     parking.save(tmp_path)
-    with Parking.load(tmp_path, 2, torch.device("cpu"), room) as loaded, parking:
+    with Parking.load(tmp_path, torch.device("cpu"), room) as loaded, parking:
         for i in range(2):
             found = loaded.take(i)
             assert found.keys() == {*values, "i"}

@@ -1,0 +1,156 @@
+"""Backward elimination: units go one after the other, each time those whose loss the others make up for best.
+
+Notation: X (tokens, channels) is a site's input, centred, W₀ (out, channels) its weight, S the channels that stay. The
+loss of a set is that of the best fit on it, as `slimgraph.recover.least_squares` would find it with W₀ as its prior:
+
+    L(S) = min over V of ‖X W₀ᵀ - X_S Vᵀ‖² + λ‖V - W₀_S‖²,  λ = prior / tokens · mean diag(XᵀX).
+
+With H = XᵀX + λI, W the minimiser and H⁻¹ restricted to what is left, the removal of the channels P costs exactly
+tr(W_P (H⁻¹_PP)⁻¹ W_Pᵀ) - λ‖W₀_P‖², and afterwards W and H⁻¹ follow by one step of block elimination.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from slimgraph.evidence import Evidence
+from slimgraph.recover import shifted_factor
+from slimgraph.score import check_keep, select_top
+
+__all__ = ["Left", "eliminate", "removal_costs"]
+
+
+class Left:
+    """What is left at a site after some of its units are gone.
+
+    Args:
+        evidence: of the site.
+        prior: how strongly the weight is held, in tokens; finite.
+
+    Attributes:
+        channels: (left,) int64 ascending, the channels that are left.
+        weight: (out, left) float64, the best fit on them.
+        inverse: (left, left) float64, that of XᵀX + λI on them.
+        shift: () float64, λ.
+
+    Raises:
+        CalibrationError: no token has been seen.
+        NumericsError: the weight or the activations are not finite, or there is no inverse.
+    """
+
+    def __init__(self, evidence: Evidence, prior: float) -> None:
+        evidence.require_finite_weight()
+        gram = evidence.moments.scatter
+        factor, self.shift = shifted_factor(evidence, gram, prior / evidence.count * gram.diagonal().mean())
+        self.inverse = torch.cholesky_inverse(factor)
+        self.weight = evidence.weight.to(gram.device, torch.float64, copy=True)
+        self.channels = torch.arange(len(gram), device=gram.device)
+        self._held = self.shift * self.weight.square().sum(0)  # of all dense columns: their share of the prior
+        self._units = evidence.units.to(gram.device)
+        self._sizes = torch.bincount(self._units[self._units >= 0], minlength=len(evidence.blocks))
+
+    @property
+    def single(self) -> bool:
+        """Whether every unit has one channel."""
+        return bool((self._sizes == 1).all())
+
+    def costs(self) -> Tensor:
+        """(units,) float64: what the loss gains when that unit alone goes next; infinite for those that are gone."""
+        own = self._units[self.channels]
+        found = self.weight.new_full((len(self._sizes),), math.inf)
+        if self.single:
+            losses = self.weight.square().sum(0) / self.inverse.diagonal() - self._held[self.channels]
+            found[own[own >= 0]] = losses[own >= 0]
+            return found
+        for unit in torch.unique(own[own >= 0]).tolist():
+            at = (own == unit).nonzero().flatten()
+            columns = self.weight[:, at].mT
+            solved = torch.linalg.solve(self.inverse[at][:, at], columns)
+            found[unit] = (columns * solved).sum() - self._held[self.channels[at]].sum()
+        return found
+
+    def remove(self, units: Tensor) -> None:
+        """Take units away, all at once, and fit the others again.
+
+        Args:
+            units: (n,) int64, units that are left.
+        """
+        gone = torch.isin(self._units[self.channels], units)
+        stays, rows = ~gone, self.inverse[gone]
+        steps = torch.linalg.solve(rows[:, gone], rows[:, stays])
+        self.weight = self.weight[:, stays] - self.weight[:, gone] @ steps
+        self.inverse = self.inverse[stays][:, stays] - rows[:, stays].mT @ steps
+        self.channels = self.channels[stays]
+
+
+def removal_costs(evidence: Evidence, prior: float = 4096.0) -> Tensor:
+    """What the loss gains when each unit goes alone.
+
+    Args:
+        evidence: of the site.
+        prior: how strongly the weight is held, in tokens. Infinity means that nothing is fitted again: a channel then
+            costs its variance times the squared norm of its column, times the tokens, and a unit the sum of that.
+
+    Returns:
+        (units,) float64.
+
+    Raises:
+        CalibrationError: no token has been seen.
+        NumericsError: the weight or the activations are not finite, or no fit is found.
+    """
+    if _fits(evidence, prior):
+        return Left(evidence, prior).costs()
+    evidence.require_finite_weight()
+    units = evidence.units.to(evidence.device)
+    terms = evidence.variances * evidence.count
+    values = terms * evidence.weight.to(terms.device, torch.float64).square().sum(0)
+    return values.new_zeros(len(evidence.blocks)).index_add_(0, units[units >= 0], values[units >= 0])
+
+
+def eliminate(evidence: Evidence, keep: int, *, prior: float = 4096.0, rounds: int = 16) -> Tensor:
+    """Units that stay when what costs least goes, and what the next ones cost is worked out again after that.
+
+    Units of several channels go one at a time. Units of one channel go in rounds, equally many in each: all rounds
+    together then cost about one inverse of H, whatever their number.
+
+    Args:
+        evidence: of the site.
+        keep: number of units to keep in each block.
+        prior: as for `removal_costs`; where nothing is fitted again, costs do not change from round to round.
+        rounds: number of rounds, at least 1.
+
+    Returns:
+        (blocks * keep,) int64 unit indices, ascending.
+
+    Raises:
+        CalibrationError: no token has been seen.
+        NumericsError: the weight or the activations are not finite, or no fit is found.
+        PlanError: `keep` is below 1 or above the size of a block.
+    """
+    blocks = evidence.blocks.to(evidence.device)
+    check_keep(blocks, keep)
+    if not _fits(evidence, prior):
+        return select_top(removal_costs(evidence, prior), blocks, keep)
+    left = Left(evidence, prior)
+    stays = torch.ones_like(blocks, dtype=torch.bool)
+    surplus = torch.bincount(blocks) - keep
+    while surplus.any():
+        ranked = left.costs().argsort(stable=True)
+        if left.single:
+            counts = (-(-surplus // rounds)).tolist()
+            gone = torch.cat([ranked[blocks[ranked] == b][:n] for b, n in enumerate(counts)])
+            rounds = max(1, rounds - 1)
+        else:
+            gone = ranked[surplus[blocks[ranked]] > 0][:1]
+        left.remove(gone)
+        stays[gone] = False
+        surplus -= torch.bincount(blocks[gone], minlength=len(surplus))
+    return stays.nonzero().flatten()
+
+
+def _fits(evidence: Evidence, prior: float) -> bool:
+    """Whether there is something to fit: a finite prior, and channels that vary."""
+    return math.isfinite(prior) and bool(evidence.moments.scatter.diagonal().any())

@@ -1,0 +1,232 @@
+"""Backward elimination against exactly solved losses."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from decoders import make, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import RawSite, random_site
+from torch import Tensor
+
+import slimgraph
+from slimgraph.eliminate import Left, eliminate, removal_costs
+from slimgraph.errors import CalibrationError, NumericsError, PlanError, RecipeError
+from slimgraph.passes import Elimination, LeastSquares, Sweep, UniformAllocation
+from slimgraph.recipe import Recipe
+
+fast = settings(max_examples=25, deadline=None)
+PRIORS = [0.5, 30.0, 4096.0]
+
+# -- references -------------------------------------------------------------------------------------------------------
+
+
+def solved(site: RawSite, channels: Tensor, prior: float) -> tuple[Tensor, float]:
+    """The best weight on these channels and its loss, by rows for the tokens and rows for the prior."""
+    x = site.x - site.x.mean(0)
+    strength = (prior * x.square().mean()).sqrt()
+    rows = torch.cat([x[:, channels], strength * torch.eye(len(channels), dtype=torch.float64)])
+    wanted = torch.cat([x @ site.weight.T, strength * site.weight[:, channels].T])
+    weight = torch.linalg.lstsq(rows, wanted).solution
+    return weight.T, float((wanted - rows @ weight).square().sum())
+
+
+def loss(site: RawSite, units: list[int], prior: float) -> float:
+    return solved(site, site.evidence().kept_channels(torch.tensor(units, dtype=torch.long)), prior)[1]
+
+
+@st.composite
+def sites(draw: st.DrawFn, width: int | None = None) -> RawSite:
+    return random_site(
+        draw(st.integers(0, 2**31)),
+        tokens=draw(st.integers(30, 60)),
+        out=draw(st.integers(1, 6)),
+        blocks=draw(st.integers(1, 2)),
+        block_size=draw(st.integers(2, 4)),
+        width=width or draw(st.integers(1, 3)),
+        loose=draw(st.integers(0, 2)),
+    )
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+# -- the arithmetic ---------------------------------------------------------------------------------------------------
+
+
+@fast
+@given(site=sites(), prior=st.sampled_from(PRIORS), data=st.data())
+def test_a_cost_is_the_difference_of_exactly_solved_losses(site: RawSite, prior: float, data: st.DataObject) -> None:
+    left = Left(site.evidence(), prior)
+    gone = data.draw(st.lists(st.sampled_from(site.all_units), unique=True, max_size=len(site.blocks) - 1))
+    if gone:
+        left.remove(torch.tensor(gone))
+    here = [u for u in site.all_units if u not in gone]
+    before = loss(site, here, prior)
+    expected = [loss(site, [u for u in here if u != unit], prior) - before for unit in here]
+    found = left.costs()
+    assert found[here].tolist() == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert all(math.isinf(found[u]) for u in gone)
+
+
+@fast
+@given(site=sites(), prior=st.sampled_from(PRIORS), data=st.data())
+def test_what_is_left_is_the_best_fit(site: RawSite, prior: float, data: st.DataObject) -> None:
+    left = Left(site.evidence(), prior)
+    order = data.draw(st.permutations(site.all_units))[: len(site.blocks) - 1]
+    for some in (order[:2], order[2:]):  # several at once, and one lot after the other
+        if some:
+            left.remove(torch.tensor(some))
+    channels = site.evidence().kept_channels(torch.tensor([u for u in site.all_units if u not in order]))
+    assert left.channels.equal(channels)
+    close(left.weight, solved(site, channels, prior)[0])
+    x = site.x[:, channels] - site.x.mean(0)[channels]
+    system = x.T @ x + left.shift * torch.eye(len(channels), dtype=torch.float64)
+    close(left.inverse @ system, torch.eye(len(channels), dtype=torch.float64))
+
+
+# -- the choice -------------------------------------------------------------------------------------------------------
+
+
+@fast
+@given(site=sites(), prior=st.sampled_from([*PRIORS, math.inf]), rounds=st.integers(1, 20), data=st.data())
+def test_every_block_keeps_as_many(site: RawSite, prior: float, rounds: int, data: st.DataObject) -> None:
+    size = len(site.blocks) // (int(site.blocks.max()) + 1)
+    keep = data.draw(st.integers(1, size))
+    kept = eliminate(site.evidence(), keep, prior=prior, rounds=rounds)
+    assert kept.equal(kept.unique())
+    assert torch.bincount(site.blocks[kept]).tolist() == [keep] * (int(site.blocks.max()) + 1)
+
+
+@fast
+@given(site=sites(width=2), prior=st.sampled_from(PRIORS))
+def test_the_cheapest_goes_first_and_the_others_make_up_for_it(site: RawSite, prior: float) -> None:
+    size = len(site.blocks) // (int(site.blocks.max()) + 1)
+    here = site.all_units
+    while len(here) > int(site.blocks.max()) + 1:
+        counts = torch.bincount(site.blocks[here])
+        may = [u for u in here if counts[site.blocks[u]] > 1]
+        worst = min(may, key=lambda unit: loss(site, [u for u in here if u != unit], prior))
+        here = [u for u in here if u != worst]
+        if len(set(torch.bincount(site.blocks[here]).tolist())) == 1 and int(site.blocks.max()) == 0:
+            assert eliminate(site.evidence(), len(here), prior=prior).tolist() == here
+    assert eliminate(site.evidence(), 1, prior=prior).tolist() == here
+    assert eliminate(site.evidence(), size, prior=prior).tolist() == site.all_units
+
+
+def test_more_rounds_see_what_has_gone() -> None:
+    """Of two channels that are the same one can go for nothing, and both for a lot."""
+    site = random_site(0, blocks=1, block_size=4, width=1, tokens=200)
+    first, second = (int((site.units == unit).nonzero()) for unit in (1, 3))
+    site.x[:, second] = site.x[:, first]
+    costs = removal_costs(site.evidence(), 1e-6)
+    assert sorted(costs.argsort()[:2].tolist()) == [1, 3]
+    assert eliminate(site.evidence(), 2, prior=1e-6, rounds=1).tolist() == [0, 2]
+    kept = eliminate(site.evidence(), 2, prior=1e-6, rounds=2).tolist()
+    assert len({1, 3} & set(kept)) == 1
+
+
+def test_it_is_better_than_what_it_is_compared_with() -> None:
+    """Near the best set of all, and never worse than ranking once, over many sites."""
+    ours = once = best = 0.0
+    for seed in range(20):
+        site = random_site(seed, blocks=1, block_size=8, width=1, tokens=80)
+        ours += loss(site, eliminate(site.evidence(), 4, prior=1.0).tolist(), 1.0)
+        once += loss(site, eliminate(site.evidence(), 4, prior=math.inf).tolist(), 1.0)
+        best += min(loss(site, list(c), 1.0) for c in itertools.combinations(range(8), 4))
+    assert best <= ours < 1.15 * best
+    assert ours < 0.9 * once
+
+
+@fast
+@given(site=sites())
+def test_without_a_fit_a_unit_is_worth_variance_times_squared_norm(site: RawSite) -> None:
+    terms = site.x.var(0, correction=0) * site.weight.square().sum(0) * len(site.x)
+    expected = [float(terms[site.units == unit].sum()) for unit in site.all_units]
+    assert removal_costs(site.evidence(), math.inf).tolist() == pytest.approx(expected)
+    one = RawSite(site.x, site.weight, site.bias, site.units, torch.zeros_like(site.blocks))
+    order = sorted(site.all_units, key=lambda u: expected[u])
+    assert eliminate(one.evidence(), 2, prior=math.inf).tolist() == sorted(order[-2:])
+
+
+@pytest.mark.parametrize("prior", [0.0, 10.0, 1e5])
+def test_channels_that_are_orthogonal_go_in_the_order_of_variance_times_squared_norm(prior: float) -> None:
+    site = random_site(2, blocks=1, block_size=10, width=1, tokens=40)
+    centred = site.x - site.x.mean(0)
+    basis, _ = torch.linalg.qr(centred)
+    scales = torch.linspace(1.0, 3.0, 10, dtype=torch.float64)
+    orthogonal = RawSite(basis * scales + 1.0, site.weight, site.bias, site.units, site.blocks)
+    by_channel = scales.square() * site.weight.square().sum(0)
+    expected = torch.empty_like(by_channel)
+    expected[site.units] = by_channel
+    close(removal_costs(orthogonal.evidence(), prior), expected)
+    for keep in (1, 4, 9):
+        best = expected.argsort(descending=True)[:keep].sort().values
+        assert eliminate(orthogonal.evidence(), keep, prior=prior).equal(best)
+
+
+# -- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_channels_that_do_not_vary_cost_nothing() -> None:
+    site = random_site(0)
+    site.x[:] = 2.0
+    assert not removal_costs(site.evidence()).any()
+    assert len(eliminate(site.evidence(), 1)) == 2
+
+
+@pytest.mark.parametrize("keep", [0, 4])
+def test_what_cannot_be_kept_is_refused(keep: int) -> None:
+    message = f"cannot keep {keep} units of each block: the smallest block has 3, and 1 must stay"
+    with pytest.raises(PlanError, match=f"^{re.escape(message)}$"):
+        eliminate(random_site(0).evidence(), keep)
+
+
+@pytest.mark.parametrize("prior", [10.0, math.inf])
+def test_bad_numbers_are_refused_by_name(prior: float) -> None:
+    for broken in ("weight", "x"):
+        site = random_site(0)
+        getattr(site, broken)[1, 2] = math.nan
+        with pytest.raises(NumericsError, match=r"layers\.7"):
+            eliminate(site.evidence("layers.7"), 1, prior=prior)
+
+
+def test_tokens_are_needed() -> None:
+    with pytest.raises(CalibrationError, match="no tokens"):
+        eliminate(random_site(0, tokens=0).evidence(), 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prior": -1.0}, "elimination: prior is -1.0; expected a number of tokens, at least 0"),
+        ({"prior": math.nan}, "elimination: prior is nan; expected a number of tokens, at least 0"),
+        ({"rounds": 0}, "elimination: rounds is 0; expected at least 1"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
+        Elimination(**fields)
+
+
+# -- in a recipe ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads", ["kv", "balanced"])
+def test_a_recipe_with_it_prunes(heads: str) -> None:
+    allocation = UniformAllocation(ratio=0.2, heads=heads, round_to=1)
+    recipe = Recipe((Elimination(prior=64.0, rounds=3), LeastSquares(), allocation, Sweep()))
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    model = make(num_hidden_layers=3)
+    result = slimgraph.prune(model, tokens(6, 9, seed=3), recipe=recipe, verify=True, keep_scores=True)
+    assert result.model is not None
+    assert result.plan.cuts
+    assert result.scores is not None
+    assert all(s.isfinite().all() for s in result.scores.values())

@@ -1,0 +1,379 @@
+"""Measured harm, budgets by it, and the project's own method from end to end."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from decoders import decoder, logits, make, own_graph, tokens
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import slimgraph
+from slimgraph import harm, recover, score
+from slimgraph.budget import Goal, solve_curves
+from slimgraph.errors import CalibrationError, PlanError, RecipeError
+from slimgraph.evidence import Evidence
+from slimgraph.passes import FeatureSpace, HarmAllocation, LeastSquares, Magnitude, NoRecovery, Pass, Pearson
+from slimgraph.recipe import Recipe, method
+from slimgraph.state import State, attach
+from slimgraph.surgery import Refit
+from slimgraph.sweep import Decision
+from slimgraph.trace import tensor_at
+from slimgraph.units import Units, parameter_count, units_of
+
+IDS = tokens(6, 9, seed=3)
+FAMILIES = ["llama", "gpt2", "gpt_neox", "gemma3"]
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def sites_of(family: str) -> list[Units]:
+    structure = decoder(family).structure
+    return [units_of(structure, s) for s in structure.prunable_sites()]
+
+
+def plain(units: Units, evidence: Evidence, keep: int) -> Decision:
+    """The units with the largest weights, as they are."""
+    kept = score.select_top(score.magnitude(evidence), evidence.blocks, keep)
+    channels = evidence.kept_channels(kept)
+    return Decision(kept, channels, Refit(*recover.none(evidence, channels)))
+
+
+def cut_by_hand(model: nn.Module, units: Units, decision: Decision) -> nn.Module:
+    """The model with the channels that go multiplied by zero."""
+    cut = copy.deepcopy(model)
+    site = units.site
+    weight = tensor_at(cut, site.parameter)
+    whole = torch.zeros(weight.shape[site.out_dim], site.channels, dtype=weight.dtype)
+    whole[:, decision.channels] = decision.refit.weight
+    with torch.no_grad():
+        weight.copy_(whole if site.in_dim == 1 else whole.T)
+        if decision.refit.bias is not None and site.bias is not None:
+            tensor_at(cut, site.bias).copy_(decision.refit.bias)
+    return cut
+
+
+def divergence(dense: nn.Module, cut: nn.Module, ids: Tensor) -> float:
+    """Mean KL divergence at every fourth position, by definition."""
+    p, q = (torch.distributions.Categorical(logits=logits(m, ids)[:, ::4]) for m in (dense, cut))
+    return float(torch.distributions.kl_divergence(p, q).mean())
+
+
+# -- harm -------------------------------------------------------------------------------------------------------------
+
+
+@every_family
+def test_a_cut_that_changes_nothing_does_no_harm(family: str) -> None:
+    units = sites_of(family)
+    widths = {u.site.name: [u.block_size] for u in units}
+    found = harm.measure(decoder(family).structure, IDS.split(2), units, widths, plain)
+    assert found.keys() == widths.keys()
+    for u in units:
+        assert found[u.site.name][u.block_size] == pytest.approx(0, abs=1e-12)
+
+
+@every_family
+@pytest.mark.parametrize(("batch", "count"), [(6, 6), (6, 2), (3, 3), (1, 1)])
+def test_harm_is_the_divergence_of_the_model_cut_by_hand(family: str, batch: int, count: int) -> None:
+    made, units = decoder(family), sites_of(family)
+    widths = {u.site.name: [1, u.block_size - 1] for u in units}
+    decisions: dict[tuple[str, int], Decision] = {}
+
+    def decide(u: Units, evidence: Evidence, keep: int) -> Decision:
+        decisions[u.site.name, keep] = plain(u, evidence, keep)
+        return decisions[u.site.name, keep]
+
+    found = harm.measure(made.structure, IDS.split(batch), units, widths, decide, tokens=9 * count)
+    for u in units:
+        for keep in set(widths[u.site.name]):
+            cut = cut_by_hand(made.model, u, decisions[u.site.name, keep])
+            expected = divergence(made.model, cut, IDS[:count])
+            assert found[u.site.name][keep] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+            assert expected > 1e-6
+
+
+def test_cuts_are_decided_from_all_tokens_of_the_dense_model() -> None:
+    made, units = decoder(), sites_of("llama")
+    seen: dict[str, tuple[int, Tensor]] = {}
+
+    def decide(u: Units, evidence: Evidence, keep: int) -> Decision:
+        seen[u.site.name] = evidence.count, evidence.mean
+        local, dense = evidence.crossed("local"), evidence.crossed("stream")
+        torch.testing.assert_close(local.scatter, dense.scatter)
+        return plain(u, evidence, keep)
+
+    harm.measure(made.structure, IDS.split(2), units, {u.site.name: [1] for u in units}, decide, tokens=9)
+    for u in units:
+        inputs: list[Tensor] = []
+        owner = made.model.get_submodule(u.site.parameter.rpartition(".")[0])
+        handle = owner.register_forward_pre_hook(lambda m, args, inputs=inputs: inputs.append(args[0]))
+        logits(made.model, IDS)
+        handle.remove()
+        count, mean = seen[u.site.name]
+        assert count == IDS.numel()
+        torch.testing.assert_close(mean, inputs[0].flatten(0, -2).mean(0))
+
+
+@every_family
+def test_a_low_precision_measures_nearly_the_same(family: str) -> None:
+    structure = infer_of(family)
+    units = [units_of(structure, s) for s in structure.prunable_sites()]
+    before = {n: t.clone() for n, t in structure.analysis.graph_module.state_dict().items()}
+    widths = {u.site.name: [1] for u in units}
+    exact = harm.measure(structure, IDS.split(2), units, widths, plain)
+    rough = harm.measure(structure, IDS.split(2), units, widths, plain, dtype=torch.bfloat16)
+    for u in units:
+        assert rough[u.site.name][1] == pytest.approx(exact[u.site.name][1], rel=0.25, abs=2e-3)
+    assert rough != exact
+    for name, tensor in structure.analysis.graph_module.state_dict().items():
+        assert tensor.equal(before[name])
+        assert tensor.dtype == before[name].dtype
+
+
+def infer_of(family: str) -> Any:
+    return slimgraph.infer(slimgraph.trace(make(family).float()))
+
+
+def test_float64_is_measured_as_it_is() -> None:
+    units = sites_of("llama")
+    widths = {u.site.name: [1] for u in units}
+    structure = decoder().structure
+    exact = harm.measure(structure, [IDS], units, widths, plain)
+    assert harm.measure(structure, [IDS], units, widths, plain, dtype=torch.bfloat16) == exact
+
+
+def test_processes_add_up() -> None:
+    """Two processes that hold the same tokens."""
+    units = sites_of("llama")
+    widths = {u.site.name: [1] for u in units}
+    one = harm.measure(decoder().structure, [IDS], units, widths, plain)
+    two = harm.measure(decoder().structure, [IDS], units, widths, plain, combine=lambda sums: 2 * sums)
+    for name, found in one.items():
+        assert two[name] == pytest.approx(found)
+
+
+@pytest.mark.parametrize("batches", [[], [torch.zeros(0, 4, dtype=torch.long)]])
+def test_no_tokens_are_refused(batches: list[Tensor]) -> None:
+    with pytest.raises(CalibrationError, match=r"^no calibration tokens; expected at least one sequence$"):
+        harm.measure(decoder().structure, batches, sites_of("llama"), {}, plain)
+
+
+# -- curves -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(measured=st.dictionaries(st.integers(1, 19), st.floats(0, 10), max_size=5))
+def test_a_curve_goes_through_what_was_measured_and_never_falls(measured: dict[int, float]) -> None:
+    units = next(u for u in sites_of("llama") if u.site.kind == "channels")
+    widths = list(range(min(measured, default=20), 21))
+    found = harm.curve(measured, units, widths)
+    assert list(found) == widths
+    assert found[20] == 0
+    values = list(found.values())
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(values))
+    for keep in measured:
+        worst = max(v for k, v in measured.items() if k >= keep)
+        assert found[keep] == pytest.approx(worst)
+
+
+def test_a_quadratic_harm_is_found_between_the_measured_widths() -> None:
+    units = next(u for u in sites_of("llama") if u.site.kind == "channels")
+    found = harm.curve({4: 16.0**2, 10: 10.0**2}, units, range(4, 21))
+    assert found == pytest.approx({k: (20.0 - k) ** 2 for k in range(4, 21)})
+
+
+# -- the budget -------------------------------------------------------------------------------------------------------
+
+
+def goal_of(family: str = "llama") -> Goal:
+    units = sites_of(family)
+    structure = decoder(family).structure
+    sizes = {n: p.numel() for n, p in structure.analysis.graph_module.named_parameters()}
+    return Goal(structure, units, {0: 1.0, 1: 1.0}, sizes, {}, round_to=4)
+
+
+def removed_by(goal: Goal, keep: dict[str, int]) -> int:
+    kept = {u.group: keep[u.site.name] for u in goal.sites}
+    return sum(goal.sizes.values()) - parameter_count(goal.structure, kept, goal.sizes)
+
+
+@st.composite
+def convex_curves(draw: st.DrawFn) -> dict[str, dict[int, float]]:
+    """Harm at every width a site can have; each step harms more than the one before it."""
+    curves = {}
+    for u in goal_of().sites:
+        widths = list(range(u.block_size, 0, -1 if u.site.kind == "heads" else -4))
+        number = len(widths) - 1
+        steps = sorted(draw(st.lists(st.floats(0.01, 5), min_size=number, max_size=number, unique=True)))
+        curves[u.site.name] = dict(zip(widths, itertools.accumulate([0.0, *steps]), strict=True))
+    return curves
+
+
+@settings(max_examples=40, deadline=None)
+@given(curves=convex_curves(), count=st.integers(0, 10))
+def test_convex_curves_are_shared_out_at_the_least_harm(curves: dict[str, dict[int, float]], count: int) -> None:
+    """At every total that the cheapest steps come to there is no combination that removes as much for less harm."""
+    goal = goal_of()
+    whole = {u.site.name: u.block_size for u in goal.sites}
+    steps = []
+    for name, curve in curves.items():
+        for wide, narrow in itertools.pairwise(curve):
+            saved = removed_by(goal, {**whole, name: narrow}) - removed_by(goal, {**whole, name: wide})
+            steps.append(((curve[narrow] - curve[wide]) / saved, saved))
+    slopes = sorted(slope for slope, _ in steps)
+    assume(all(b > a * (1 + 1e-9) for a, b in itertools.pairwise(slopes)))
+    needed = sum(saved for _, saved in sorted(steps)[:count])
+    budget = solve_curves(goal, curves, needed / sum(goal.sizes.values()))
+    assert removed_by(goal, dict(budget.keep)) == needed == budget.parameters_before - budget.parameters_after
+    total = sum(curves[name][keep] for name, keep in budget.keep.items())
+    for combination in itertools.product(*curves.values()):
+        if removed_by(goal, dict(zip(curves, combination, strict=True))) >= needed:
+            assert sum(curves[n][w] for n, w in zip(curves, combination, strict=True)) >= total - 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(curves=convex_curves(), ratio=st.floats(0, 0.3))
+def test_a_ratio_between_steps_is_met_to_half_a_step(curves: dict[str, dict[int, float]], ratio: float) -> None:
+    goal = goal_of()
+    budget = solve_curves(goal, curves, ratio)
+    whole = {u.site.name: u.block_size for u in goal.sites}
+    steps = [removed_by(goal, {**whole, name: keep}) for name, keep in _first(goal)]
+    assert abs(removed_by(goal, dict(budget.keep)) - ratio * budget.parameters_before) <= max(steps) / 2 + 1
+
+
+def _first(goal: Goal) -> list[tuple[str, int]]:
+    return [(u.site.name, u.block_size - (1 if u.site.kind == "heads" else 4)) for u in goal.sites]
+
+
+def test_a_width_that_a_neighbour_beats_is_stepped_over() -> None:
+    goal = goal_of()
+    channels = next(u for u in goal.sites if u.site.kind == "channels")
+    curves = {u.site.name: {u.block_size: 0.0, u.block_size - 1: 100.0} for u in goal.sites}
+    curves[channels.site.name] = {20: 0.0, 12: 5.0, 4: 6.0}
+    save = removed_by(goal, {**{u.site.name: u.block_size for u in goal.sites}, channels.site.name: 4})
+    budget = solve_curves(goal, curves, save / sum(goal.sizes.values()))
+    assert budget.keep == {u.site.name: 4 if u is channels else u.block_size for u in goal.sites}
+
+
+def test_more_than_the_curves_go_down_to_cannot_be_reached() -> None:
+    goal = goal_of()
+    curves = {u.site.name: {u.block_size: 0.0, u.block_size - 1: 1.0} for u in goal.sites}
+    with pytest.raises(PlanError, match=r"^ratio 0\.9 cannot be reached") as caught:
+        solve_curves(goal, curves, 0.9)
+    most = removed_by(goal, {u.site.name: u.block_size - 1 for u in goal.sites}) / sum(goal.sizes.values())
+    assert f"{most:.4f}" in str(caught.value)
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, math.nan])
+def test_a_ratio_is_a_share(ratio: float) -> None:
+    with pytest.raises(PlanError, match=r"expected a share of all parameters, 0 <= ratio < 1$"):
+        solve_curves(goal_of(), {}, ratio)
+
+
+# -- the whole method -------------------------------------------------------------------------------------------------
+
+FINE: dict[str, dict[str, Any]] = {  # a step of one site is a small part of the model
+    "llama": {"num_hidden_layers": 4, "intermediate_size": 96},
+    "gpt2": {"n_layer": 4, "n_inner": 96, "n_head": 12},
+    "gpt_neox": {"num_hidden_layers": 4, "intermediate_size": 96, "num_attention_heads": 12, "rotary_pct": 1.0},
+    "gemma3": {"num_hidden_layers": 4, "intermediate_size": 96},
+}
+
+
+@every_family
+def test_the_method_removes_what_was_asked_for(family: str) -> None:
+    model = make(family, **FINE[family]).float()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    result = slimgraph.prune(model, IDS, 0.2, recipe="slimgraph", verify=True, round_to=1)
+    assert result.model is not None
+    assert 1 - result.parameters_after / result.parameters_before == pytest.approx(0.2, abs=0.01)
+    assert sum(p.numel() for p in result.model.parameters()) == result.parameters_after
+    assert result.difference == pytest.approx(0, abs=1e-4)
+    assert result.budget is not None
+    assert result.budget.parameters_after == result.parameters_after
+    assert len(set(result.budget.unit_ratios.values())) > 1
+    assert all(p.equal(before[n]) for n, p in model.named_parameters())
+    assert logits(result.model, IDS).isfinite().all()
+
+
+def test_what_harms_less_is_cut_more() -> None:
+    """Channels of one layer write almost nothing: they go first."""
+    model = make(num_hidden_layers=3, intermediate_size=96)
+    with torch.no_grad():
+        tensor_at(model, "model.layers.1.mlp.down_proj.weight").mul_(1e-3)
+    result = slimgraph.prune(model, IDS, 0.2, recipe="slimgraph", round_to=1)
+    assert result.budget is not None
+    channels = [keep for name, keep in result.budget.keep.items() if "down_proj" in name]
+    assert channels[1] < min(channels[0], channels[2]) / 2
+
+
+def test_the_recipe_survives_yaml() -> None:
+    recipe = method("slimgraph", 0.2)
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    changed = Recipe(
+        (
+            Pearson(),
+            FeatureSpace(),
+            LeastSquares(target="dense", prior=7.0),
+            HarmAllocation(ratio=0.1, widths=(0.5,), tokens=9, dtype=None),
+        )
+    )
+    again = Recipe.from_yaml(changed.to_yaml())
+    assert again == changed
+    assert isinstance(again.passes[3], HarmAllocation)
+    assert again.passes[3].widths == (0.5,)
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"ratio": 0.2, "widths": ()}, "widths are (); expected shares between 0 and 1"),
+    ({"ratio": 0.2, "widths": (0.5, 1.0)}, "widths are (0.5, 1.0); expected shares between 0 and 1"),
+    ({"ratio": 0.2, "widths": (0.0,)}, "widths are (0.0,); expected shares between 0 and 1"),
+    ({"unit_ratio": 0.2}, "unit_ratio is 0.2; expected ratio, of all parameters"),
+    ({}, "give either ratio or unit_ratio; found None and None"),
+    ({"ratio": 0.2, "tokens": 0}, "tokens is 0; expected at least 1"),
+    ({"ratio": 0.2, "dtype": "int8"}, "dtype is 'int8'; expected bfloat16 or null"),
+    ({"ratio": 0.2, "round_to": 0}, "round_to is 0; expected at least 1"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG)
+def test_what_cannot_be_allocated_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=f"^{re.escape(f'harm_allocation: {message}')}$"):
+        HarmAllocation(**fields)
+
+
+MISSING: list[tuple[list[Pass], dict[str, Any], type[Exception], str]] = [
+    ([], {}, PlanError, "harm_allocation lacks a fit: put importance and recovery passes before it"),
+    ([Magnitude()], {}, PlanError, "harm_allocation lacks a fit: put importance and recovery passes before it"),
+    (
+        [NoRecovery(), FeatureSpace()],
+        {},
+        PlanError,
+        "harm_allocation lacks how to choose heads: put importance and recovery passes before it",
+    ),
+    ([], {"batches": []}, CalibrationError, "harm_allocation needs calibration tokens; found none in the state"),
+    (
+        [Magnitude(), NoRecovery()],
+        {"weights": lambda name: None},
+        PlanError,
+        "harm_allocation runs the model many times, and for that it has to be in memory; found weights that are "
+        "fetched as needed: load the model whole, or take cosine_allocation",
+    ),
+]
+
+
+@pytest.mark.parametrize(("before", "state", "error", "message"), MISSING)
+def test_an_allocation_says_what_is_missing(
+    before: list[Pass], state: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    graph = attach(own_graph(decoder()), State(**{"batches": IDS.split(3), **state}))
+    for step in before:
+        step(graph)
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        HarmAllocation(ratio=0.1, round_to=1)(graph)
