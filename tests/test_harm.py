@@ -259,6 +259,11 @@ def test_a_width_that_a_neighbour_beats_is_stepped_over() -> None:
     save = removed_by(goal, {**{u.site.name: u.block_size for u in goal.sites}, channels.site.name: 4})
     budget = solve_curves(goal, curves, save / sum(goal.sizes.values()))
     assert budget.keep == {u.site.name: 4 if u is channels else u.block_size for u in goal.sites}
+    # Its cheap second half is not to be had without the dear first one: what harms less than both goes before.
+    other = [u for u in goal.sites if u.site.kind == "channels"][1]
+    curves[other.site.name] = {20: 0.0, 12: 2.0}
+    budget = solve_curves(goal, curves, save / 2 / sum(goal.sizes.values()))
+    assert budget.keep == {u.site.name: 12 if u is other else u.block_size for u in goal.sites}
 
 
 def test_more_than_the_curves_go_down_to_cannot_be_reached() -> None:
