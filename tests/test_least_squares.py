@@ -425,3 +425,36 @@ def test_what_cannot_be_fitted_is_refused(fields: dict[str, Any], message: str) 
 
 def test_only_the_local_target_does_without_the_dense_model() -> None:
     assert [LeastSquares(target=t).needs_twin() for t in TARGETS] == [False, True, True]
+
+
+# -- a prior from held-out samples ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_prior_is_the_one_that_predicts_held_out_samples_best(seed: int) -> None:
+    site = random_site(seed, tokens=96, out=5)
+    x = site.x.view(12, 8, -1)
+    evidence = dataclasses.replace(site.evidence(), inputs=[x])
+    channels = torch.arange(site.x.shape[1] - 2)
+
+    def error(prior: float) -> float:
+        total = 0.0
+        for fitted, left_out in ((0, 1), (1, 0)):
+            weight, _ = recover.least_squares(evidence.every(2, fitted), channels, prior=prior)
+            rows = x[left_out::2].flatten(0, 1)
+            missed = rows @ site.weight.T - rows[:, channels] @ weight.T
+            total += float((missed - missed.mean(0)).square().sum())
+        return total
+
+    assert recover.held_out_prior(evidence, channels) == min(recover.PRIORS, key=error)
+    found = recover.least_squares(evidence, channels, prior=None)
+    expected = recover.least_squares(evidence, channels, prior=min(recover.PRIORS, key=error))
+    for mine, theirs in zip(found, expected, strict=True):
+        close(mine, theirs)
+
+
+def test_one_sample_cannot_be_held_out() -> None:
+    site = random_site(0, tokens=24, out=3)
+    evidence = dataclasses.replace(site.evidence(), inputs=[site.x[None]])
+    with pytest.raises(CalibrationError, match="a micro-batch of 1 samples cannot be split in 2"):
+        recover.held_out_prior(evidence, torch.arange(3))
