@@ -55,6 +55,9 @@ IDEAS: dict[str, Maker] = {
     "widths by harm": lambda ratio, *_: Recipe(
         (Pearson(), FeatureSpace(), Regression(), HarmAllocation(ratio=ratio), Sweep(), Verify())
     ),
+    "widths by harm, full fit, local target": lambda ratio, *_: Recipe(
+        (Pearson(), FeatureSpace(), LeastSquares("local"), HarmAllocation(ratio=ratio), Sweep(), Verify())
+    ),
     OWN: lambda ratio, *_: method("slimgraph", ratio),
 }
 MARKERS = ("<!-- accuracy: begin -->", "<!-- accuracy: end -->")
