@@ -243,7 +243,7 @@ def describe(options: argparse.Namespace, script: str, more_options: str = "") -
     models = " ".join(f"--model {name}={Path(path).name}" for name, path in options.model)
     texts = " ".join(f"--text {name}={Path(path).name}" for name, path in options.text)
     tokens = "" if options.tokens is None else f" --tokens {options.tokens}"
-    limit = "" if options.limit is None else f" --limit {options.limit}"
+    limit = "" if options.limit is None else f" --limit {options.limit} --task-dtype {options.task_dtype}"
     folder = "" if options.task_folder is None else f" --task-folder {options.task_folder.name}"
     records = "" if options.records is None else f" --records {options.records.name}"
     more = f"{folder}{records}" + ("" if options.most_records is None else f" --most-records {options.most_records}")
