@@ -45,7 +45,9 @@ class Pass:
 
     def to_recipe(self) -> dict[str, Any]:
         """The recipe entry: {name: fields}."""
-        return {self.name: dataclasses.asdict(self)}
+        fields = dataclasses.asdict(self)
+        # As JSON and YAML would give them back.
+        return {self.name: {key: list(v) if isinstance(v, tuple) else v for key, v in fields.items()}}
 
 
 def register(cls: P) -> P:

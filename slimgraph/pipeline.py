@@ -65,6 +65,10 @@ class Result:
     parameters_before: int
     scores: dict[str, Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        # Saving marks the module with the whole manifest; what it was marked with before is needed each time.
+        self._earlier = None if self._pruned is None else hf.manifest_of(self._pruned.module)
+
     @property
     def name(self) -> str:
         """Class of the model."""
@@ -93,8 +97,7 @@ class Result:
         if self._pruned is None:
             raise ModelError(self.module_failure or "the module was not pruned")
         own = self._pruned.manifest(self.plan, self.recipe)
-        earlier = hf.manifest_of(self._pruned.module)
-        return own if earlier is None else own.after(earlier)
+        return own if self._earlier is None else own.after(self._earlier)
 
     def save(self, directory: str | Path, *, tokenizer: Any = None, force: bool = False) -> Path:
         """Write an ordinary checkpoint; see `slimgraph.checkpoint.save`."""

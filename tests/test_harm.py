@@ -382,3 +382,13 @@ def test_an_allocation_says_what_is_missing(
         step(graph)
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         HarmAllocation(ratio=0.1, round_to=1)(graph)
+
+
+def test_the_own_method_ends_in_a_checkpoint_like_any_other(tmp_path: Any) -> None:
+    dense = make("llama")
+    result = slimgraph.prune(dense, IDS, 0.1, recipe="slimgraph", round_to=1)
+    assert Recipe.from_dict(result.manifest().recipe) == method("slimgraph", 0.1, round_to=1)
+    result.save(tmp_path / "small")
+    result.save(tmp_path / "small", force=True)  # as often as one likes
+    again = type(dense).from_pretrained(tmp_path / "small", dtype=torch.float64).eval()
+    torch.testing.assert_close(logits(again, IDS), logits(result.model, IDS), rtol=0, atol=0)
