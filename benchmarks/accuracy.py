@@ -19,16 +19,14 @@ from cells import (
     DENSE,
     Cell,
     Maker,
-    Work,
     average_cell,
-    claim,
     counted,
     describe,
+    drive,
     parser,
     perplexity_cell,
     read,
     slimllm,
-    work_out,
 )
 from results import write_between_markers
 
@@ -152,14 +150,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--ideas", nargs="+", choices=list(IDEAS), help="only these")
     given = options.parse_args()
-    if given.cell is not None:
-        chosen = Cell(**given.cell)
-        Work(chosen, given, IDEAS).run()
-        return
-    claim(given)
-    if not given.table:
-        work_out(cells(given), given, __file__, lambda: write_table(given))
-    write_table(given)
+    drive(given, __file__, cells(given), lambda _: IDEAS, lambda: write_table(given))
 
 
 if __name__ == "__main__":

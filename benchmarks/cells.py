@@ -194,6 +194,24 @@ def work_out(cells: Iterable[Cell], options: argparse.Namespace, script: str, th
         then()
 
 
+def drive(
+    options: argparse.Namespace,
+    script: str,
+    cells: Iterable[Cell],
+    makers: Callable[[Cell], Mapping[str, Maker]],
+    write: Callable[[], None],
+) -> None:
+    """What every script does: be the process of one cell, or have all cells worked out and write the tables."""
+    if options.cell is not None:
+        one = Cell(**options.cell)
+        Work(one, options, makers(one)).run()
+        return
+    claim(options)
+    if not options.table:
+        work_out(cells, options, script, write)
+    write()
+
+
 def read(file: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return found

@@ -20,16 +20,14 @@ from cells import (
     TUNED,
     Cell,
     Maker,
-    Work,
     average_cell,
-    claim,
     describe,
+    drive,
     parser,
     perplexity_cell,
     read,
     slimllm,
     task_cell,
-    work_out,
 )
 from results import write_between_markers
 
@@ -144,14 +142,13 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    if options.cell is not None:
-        cell = Cell(**options.cell)
-        Work(cell, options, ABLATIONS if cell.kind else METHODS).run()
-        return
-    claim(options)
-    if not options.table:
-        work_out(cells(options), options, __file__, lambda: write_tables(options))
-    write_tables(options)
+    drive(
+        options,
+        __file__,
+        cells(options),
+        lambda cell: ABLATIONS if cell.kind else METHODS,
+        lambda: write_tables(options),
+    )
 
 
 if __name__ == "__main__":

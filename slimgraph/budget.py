@@ -165,7 +165,7 @@ def solve_curves(
     of = left or (lambda keep: _after(goal, keep))
     whole = {u.site.name: u.block_size for u in goal.sites}
     before = of(whole)
-    needed = ratio * before if left is not None else before - _wanted(goal, ratio)[1]
+    needed = ratio * before
     least = of({name: min(curves[name]) for name in whole})
     if before - least < needed * (1 - _CLOSE):
         raise PlanError(

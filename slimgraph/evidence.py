@@ -109,7 +109,7 @@ class Twin:
     """
 
     inputs: Sequence[Tensor]
-    stream: tuple[Sequence[Tensor], Sequence[Tensor] | None] | None = None
+    stream: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -193,8 +193,7 @@ class Evidence:
         twin = self.twin
         if twin is not None:
             stream = twin.stream
-            beside = None if stream is None else (part(stream[0]), None if stream[1] is None else part(stream[1]))
-            twin = Twin(part(twin.inputs), beside)
+            twin = Twin(part(twin.inputs), None if stream is None else (part(stream[0]), part(stream[1])))
         return replace(self, inputs=part(self.inputs), twin=twin)
 
     def kept_channels(self, kept: Tensor) -> Tensor:
@@ -336,7 +335,7 @@ class Evidence:
     def _cross(self, target: str) -> Crossed:
         middle, out = self.mean, len(self.weight)
         sums = torch.zeros(out, self.weight.shape[1], dtype=torch.float64, device=self.device)
-        alone = torch.zeros(2, out, dtype=torch.float64, device=self.device)
+        own = torch.zeros(2, out, dtype=torch.float64, device=self.device)
         near = torch.zeros(out, dtype=torch.float64, device=self.device)
         with self.watch("statistics"):
             for i, (x, t) in enumerate(zip(self._rows(), self._targets(target), strict=True)):
@@ -344,9 +343,9 @@ class Evidence:
                 if i == 0:
                     near, _ = self._near_means(rows, rows)
                 rows = rows - near.to(rows.dtype)
-                alone += torch.stack([column_sums(rows), column_sums(rows, rows)])
+                own += torch.stack([column_sums(rows), column_sums(rows, rows)])
                 sums += rows.mT @ (x - middle.to(x.dtype))  # X is centred: T's own rest drops out
-        rest, squares = self.combine(alone)
+        rest, squares = self.combine(own)
         return Crossed(near + rest / self.count, self.combine(sums), squares - rest.square() / self.count)
 
     def _targets(self, target: str) -> Iterator[Tensor]:
@@ -363,7 +362,7 @@ class Evidence:
         for i, x in enumerate(self.twin.inputs):
             y = _product(x, weight)
             # The output may be shaped anew before it is added.
-            yield y if stream is None or stream[1] is None else y + (stream[1][i] - stream[0][i]).reshape(y.shape)
+            yield y if stream is None else y + (stream[1][i] - stream[0][i]).reshape(y.shape)
 
     def _dense(self) -> Iterator[Tensor]:
         """The dense output of each batch, without bias, as the model takes it; kept where that is small."""

@@ -139,8 +139,8 @@ def sweep(
 
     def stop_at(u: Units) -> Callable[..., Callable[[Tensor], Tensor] | None]:
         def stop(values: Sequence[Tensor], stream: Sequence[Tensor] | None = None) -> Projection | None:
-            inputs, dense = _halves(values, twin)
-            beside = None if dense is None else Twin(dense, None if stream is None else _halves(stream, twin))
+            inputs, dense = _halves(values) if twin else (values, None)
+            beside = None if dense is None else Twin(dense, None if stream is None else _halves(stream))
             evidence = evidence_at(structure, u, inputs, beside, norms, fetch, combine, watch or Stopwatch())
             evidence.require_finite_input()
             decision = decide(u, evidence)
@@ -221,10 +221,10 @@ def _accumulate(norms: dict[str, Norms], reads: str, node: str, site: str) -> Ca
     return look
 
 
-def _halves(values: Sequence[Tensor], twin: bool) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
-    """Values of the pruned model, and of the dense one where it runs beside it."""
+def _halves(values: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Values of the pruned model, and of the dense one that runs beside it."""
     middle = len(values) // 2
-    return (values[:middle], values[middle:]) if twin else (values, None)
+    return values[:middle], values[middle:]
 
 
 def _named(node: str | None) -> tuple[str, ...]:

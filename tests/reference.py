@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from slimgraph.evidence import Evidence, Source
@@ -193,3 +194,34 @@ def regression(site: RawSite, channels: Tensor) -> tuple[Tensor, Tensor]:
         weight.append(site.weight[c, channels] * float(slope))
         new_bias.append(float(intercept))
     return torch.stack(weight), torch.tensor(new_bias, dtype=torch.float64)
+
+
+@st.composite
+def cases(draw: st.DrawFn, least: int = 20, most: int = 60) -> tuple[RawSite, Tensor]:
+    """A site of so many tokens, and the channels that stay of it."""
+    site = random_site(
+        draw(st.integers(0, 2**31)),
+        tokens=draw(st.integers(least, most)),
+        out=draw(st.integers(1, 6)),
+        width=draw(st.integers(1, 3)),
+        loose=draw(st.integers(0, 2)),
+        bias=draw(st.booleans()),
+    )
+    kept = draw(st.lists(st.integers(0, 5), min_size=1, max_size=5, unique=True))
+    return site, site.evidence().kept_channels(torch.tensor(kept))
+
+
+@st.composite
+def sites(draw: st.DrawFn, least: int = 20, blocks: int = 3, width: int | None = None) -> RawSite:
+    """A site of at least so many tokens and at most so many blocks, with units of that many channels or of any."""
+    return random_site(
+        draw(st.integers(0, 2**31)),
+        tokens=draw(st.integers(least, 60)),
+        out=draw(st.integers(1, 6)),
+        blocks=draw(st.integers(1, blocks)),
+        block_size=draw(st.integers(2, 4)),
+        width=width or draw(st.integers(1, 3)),
+        loose=draw(st.integers(0, 2)),
+        bias=draw(st.booleans()),
+        sources=draw(st.integers(0, 2)),
+    )

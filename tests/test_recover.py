@@ -7,27 +7,13 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import RawSite, random_site
+from reference import RawSite, cases, random_site
 from torch import Tensor
 
 from slimgraph import recover
 from slimgraph.errors import CalibrationError, NumericsError
 
 fast = settings(max_examples=25, deadline=None)
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> tuple[RawSite, Tensor]:
-    site = random_site(
-        draw(st.integers(0, 2**31)),
-        tokens=draw(st.integers(20, 60)),
-        out=draw(st.integers(1, 6)),
-        width=draw(st.integers(1, 3)),
-        loose=draw(st.integers(0, 2)),
-        bias=draw(st.booleans()),
-    )
-    kept = draw(st.lists(st.integers(0, 5), min_size=1, max_size=5, unique=True))
-    return site, site.evidence().kept_channels(torch.tensor(kept))
 
 
 def dense_output(site: RawSite) -> Tensor:

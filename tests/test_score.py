@@ -10,7 +10,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import RawSite, random_site
+from reference import RawSite, random_site, sites
 from torch import Tensor
 
 from slimgraph import score
@@ -26,21 +26,6 @@ SCORES: dict[str, Callable[[Evidence], Tensor]] = {
     "wanda": score.wanda,
     "magnitude": score.magnitude,
 }
-
-
-@st.composite
-def sites(draw: st.DrawFn) -> RawSite:
-    return random_site(
-        draw(st.integers(0, 2**31)),
-        tokens=draw(st.integers(20, 60)),
-        out=draw(st.integers(1, 6)),
-        blocks=draw(st.integers(1, 3)),
-        block_size=draw(st.integers(2, 4)),
-        width=draw(st.integers(1, 3)),
-        loose=draw(st.integers(0, 2)),
-        bias=draw(st.booleans()),
-        sources=draw(st.integers(0, 2)),
-    )
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
