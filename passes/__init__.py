@@ -4,7 +4,8 @@ Each pass is a small frozen dataclass whose fields are its recipe keys. It is a 
 `torch.fx.passes.infra.pass_base.PassResult`, so that it runs in `torch.fx`'s own pass manager beside other passes.
 
 Importance and recovery passes record a choice; an allocation pass turns a ratio into numbers of units; `Sweep` carries
-all of it out in one go over the model. The usual order is importance, recovery, allocation, sweep, verification.
+all of it out in one go over the model. The usual order is calibration, importance, recovery, allocation, sweep,
+verification.
 """
 
 if __name__ != "slimgraph.passes":
@@ -12,6 +13,7 @@ if __name__ != "slimgraph.passes":
 
 from slimgraph.passes.allocation import CosineAllocation, UniformAllocation
 from slimgraph.passes.base import Pass, pass_named, pass_names, register
+from slimgraph.passes.calibration import SelfCalibration
 from slimgraph.passes.elimination import Elimination
 from slimgraph.passes.fluctuation import Fluctuation, FluctuationAllocation
 from slimgraph.passes.harm import HarmAllocation
@@ -37,6 +39,7 @@ __all__ = [
     "Pearson",
     "RandomImportance",
     "Regression",
+    "SelfCalibration",
     "Sweep",
     "Taylor",
     "UniformAllocation",

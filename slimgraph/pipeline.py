@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,6 +14,7 @@ from torch import Tensor, fx, nn
 from slimgraph import checkpoint, distributed, hf
 from slimgraph.budget import Budget
 from slimgraph.errors import CalibrationError, ModelError, SlimgraphError
+from slimgraph.generate import can_generate, generate
 from slimgraph.groups import Structure, infer
 from slimgraph.invariants import check_pass
 from slimgraph.manifest import Manifest
@@ -176,6 +178,7 @@ def prune(
         sizes={name: p.numel() for name, p in model.named_parameters()},
         watch=watch,
         progress=progress or SILENT,
+        generate=partial(generate, model) if can_generate(model) else None,
         scores={} if keep_scores else None,
     )
     pruned = run_passes(attach(dense, state), chosen.passes, verify=verify)

@@ -25,6 +25,7 @@ from slimgraph.passes import (
     Pearson,
     RandomImportance,
     Regression,
+    SelfCalibration,
     Sweep,
     Taylor,
     UniformAllocation,
@@ -101,18 +102,18 @@ def method(
     """The recipe of a named method.
 
     Args:
-        name: "slimgraph", the project's own: SlimLLM's scores, widths by measured harm, and full least squares towards
-            the dense model. "slimllm", the published method in full; the others for comparison. "flap" ranks the units
-            of all layers together and puts the mean of what goes into the bias. "taylor" needs gradients (see
-            `slimgraph.passes.taylor` for what they cost), spares the first eighth and the last sixteenth of the layers
-            as LLM-Pruner does, cuts the others alike and refits nothing. "magnitude", "wanda" and "random" cut all
-            layers alike and refit nothing.
+        name: "slimgraph", the project's own: samples that the model writes itself beside the given ones, SlimLLM's
+            scores, widths by measured harm, and full least squares. "slimllm", the published method in full; the others
+            for comparison. "flap" ranks the units of all layers together and puts the mean of what goes into the bias.
+            "taylor" needs gradients (see `slimgraph.passes.taylor` for what they cost), spares the first eighth and the
+            last sixteenth of the layers as LLM-Pruner does, cuts the others alike and refits nothing. "magnitude",
+            "wanda" and "random" cut all layers alike and refit nothing.
         ratio: share of all parameters that goes.
         recovery: recipe name of the recovery pass, "least_squares", "regression", "bias_only" or "no_recovery"; the
             method's own by default.
         heads: "kv", "balanced" or "auto".
         round_to: kept channels are a multiple of this.
-        seed: of the random scores.
+        seed: of random scores, and of the samples that "slimgraph" has the model write.
 
     Raises:
         RecipeError: there is no such method or recovery.
@@ -125,7 +126,8 @@ def method(
         return Recipe((Pearson(), FeatureSpace(), _recovery(recovery or "regression"), allocation, Sweep(), Verify()))
     if name == "slimgraph":
         harm = HarmAllocation(ratio=ratio, heads=heads, round_to=round_to)
-        return Recipe((Pearson(), FeatureSpace(), _recovery(recovery or "least_squares"), harm, Sweep(), Verify()))
+        fit = _recovery(recovery or "least_squares")
+        return Recipe((SelfCalibration(seed=seed), Pearson(), FeatureSpace(), fit, harm, Sweep(), Verify()))
     if name == "flap":
         ranked = FluctuationAllocation(ratio=ratio, heads=heads, round_to=round_to)
         return Recipe((Fluctuation(), _recovery(recovery or "bias_only"), ranked, Sweep(), Verify()))

@@ -92,6 +92,8 @@ class State:
         watch: seconds by stage.
         progress: shows what is going on.
         weights: fetches parameters by name; the graph module's own when None.
+        generate: has the dense model write samples, called as `slimgraph.generate.generate` from `like` on; None where
+            it cannot.
         combine: sums statistics over processes.
         sink: takes pruned layers as they are done; None keeps them in the graph module.
         history: recipe entries of the passes that ran.
@@ -112,6 +114,7 @@ class State:
     watch: Stopwatch = field(default_factory=Stopwatch)
     progress: Progress = SILENT
     weights: Weights | None = None
+    generate: Callable[..., Tensor] | None = None
     combine: Combine = alone
     sink: Sink | None = None
     history: list[dict[str, Any]] = field(default_factory=list)

@@ -23,7 +23,7 @@ from torch.fx.node import map_aggregate
 
 from slimgraph.errors import GraphError, ModelError
 
-__all__ = ["call", "canonical_names", "is_static", "module_path", "retarget", "tensor_at", "trace"]
+__all__ = ["call", "canonical_names", "evaluating", "is_static", "module_path", "retarget", "tensor_at", "trace"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def trace(model: nn.Module, *, shape: tuple[int, int] | None = None) -> fx.Graph
         ModelError: the model is not a causal language model, or `torch.export` cannot trace it (its message is quoted).
     """
     wrapped = _Logits(model)
-    with _evaluating(model), _experts_as_batches(model):
+    with evaluating(model), _experts_as_batches(model):
         try:
             exported = _export(wrapped, _example_shape(model), free=True)
         except ModelError:
@@ -138,7 +138,8 @@ def module_path(node: fx.Node) -> str:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, without gradients and without warnings, for as long as the context lasts."""
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:

@@ -1,0 +1,62 @@
+"""More calibration tokens than were given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from slimgraph import distributed
+from slimgraph.errors import CalibrationError, PlanError, RecipeError
+from slimgraph.passes.base import Pass, register
+from slimgraph.state import State
+
+__all__ = ["SelfCalibration"]
+
+
+@register
+@dataclass(frozen=True)
+class SelfCalibration(Pass):
+    """The dense model writes samples of its own, which join the given ones for all passes that follow.
+
+    They are as long as the given ones and are mixed with them at random, so that every micro-batch has both.
+
+    Attributes:
+        samples: how many it writes.
+        temperature: of the sampling; 1 is the model's own distribution.
+        dtype: in which it writes: "bfloat16", or None for the model's own.
+        seed: of the sampling and the mixing.
+    """
+
+    samples: int = 32
+    temperature: float = 1.0
+    dtype: str | None = "bfloat16"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise RecipeError(f"{self.name}: samples is {self.samples}; expected at least 1")
+        if not self.temperature > 0:
+            raise RecipeError(f"{self.name}: temperature is {self.temperature}; expected a number above 0")
+        if self.dtype not in ("bfloat16", None):
+            raise RecipeError(f"{self.name}: dtype is {self.dtype!r}; expected bfloat16 or null")
+
+    def run(self, graph_module: fx.GraphModule, state: State) -> None:
+        """Write the samples and mix them in."""
+        if not state.batches:
+            raise CalibrationError("self_calibration needs calibration tokens to write more; found none in the state")
+        if state.generate is None:
+            raise PlanError(
+                "self_calibration needs a model that can write text: one of transformers with `generate`, in memory as "
+                "a whole; found none in the state. Leave the pass out, or set State.generate"
+            )
+        given = torch.cat(list(state.batches))
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        with state.watch("writing"):
+            written = state.generate(
+                given, self.samples, temperature=self.temperature, dtype=dtype, seed=self.seed, progress=state.progress
+            )
+        everything = torch.cat([given, distributed.share(written).to(given)])
+        order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(self.seed))
+        state.batches = torch.split(everything[order.to(given.device)], len(state.batches[0]))

@@ -1,0 +1,199 @@
+"""Samples that the model writes itself, and how they join the given ones."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+from decoders import VOCABULARY, Toy, decoder, logits, make, own_graph, tokens
+from torch import Tensor, nn
+
+import slimgraph
+from slimgraph import distributed
+from slimgraph.errors import CalibrationError, NumericsError, PlanError, RecipeError
+from slimgraph.generate import can_generate, generate
+from slimgraph.passes import Magnitude, SelfCalibration, Sweep, UniformAllocation
+from slimgraph.recipe import Recipe, method
+from slimgraph.state import State, attach, state_of
+
+IDS = tokens(6, 9, seed=3)
+SAME_START = torch.cat([torch.full((6, 1), 7), IDS[:, 1:]], 1)
+every_family = pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma3"])
+
+
+def model_with(family: str = "llama", **settings: Any) -> Any:
+    model: Any = make(family)
+    for key, value in settings.items():
+        setattr(model.generation_config, key, value)
+    return model
+
+
+# -- what is written --------------------------------------------------------------------------------------------------
+
+
+@every_family
+def test_a_cold_model_writes_what_is_likeliest(family: str) -> None:
+    model = model_with(family, eos_token_id=None)
+    written = generate(model, SAME_START, 3, temperature=1e-6)
+    expected = SAME_START[:3, :1]
+    for _ in range(IDS.shape[1] - 1):
+        expected = torch.cat([expected, logits(model, expected)[:, -1:].argmax(-1)], 1)
+    assert written.equal(expected)
+
+
+def test_samples_follow_the_models_distribution() -> None:
+    """The second token's frequencies are its probabilities."""
+    model = model_with(eos_token_id=None)
+    count = 4000
+    written = generate(model, SAME_START[:, :2], count, seed=1)
+    probabilities = logits(model, SAME_START[:1, :1])[0, -1].softmax(-1)
+    found = torch.bincount(written[:, 1], minlength=VOCABULARY) / count
+    assert float((found - probabilities).abs().sum()) < 0.12
+    assert float((found - 1 / VOCABULARY).abs().sum()) > 0.2  # and are not just any
+
+
+def test_a_common_first_token_stays_the_first() -> None:
+    assert (generate(model_with(bos_token_id=3), SAME_START, 5)[:, 0] == 7).all()
+
+
+def test_a_start_token_is_not_among_the_samples() -> None:
+    model = model_with(bos_token_id=3, eos_token_id=None)
+    written = generate(model, IDS, 4, temperature=1e-6)
+    after = logits(model, torch.tensor([[3]]))[0, -1].argmax()
+    assert written.shape == (4, IDS.shape[1])
+    assert (written[:, 0] == after).all()
+
+
+@pytest.mark.parametrize("start", [None, VOCABULARY])
+def test_without_a_start_token_samples_begin_with_given_tokens(start: int | None) -> None:
+    given = IDS % 5
+    given[0, 0] = 4
+    given[1, 0] = 0
+    written = generate(model_with(bos_token_id=start), given, 40)
+    assert set(written[:, 0].tolist()) == set(given.flatten().tolist())
+
+
+@pytest.mark.parametrize("end", [11, [11, 12]])
+def test_no_sample_ends_early(end: int | list[int]) -> None:
+    model = model_with(eos_token_id=end)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every token as likely as the end
+    written = generate(model, SAME_START, 70)
+    assert written.shape == (70, IDS.shape[1])
+    assert not torch.isin(written, torch.tensor(end)).any()
+    assert torch.isin(generate(model_with(eos_token_id=None), SAME_START, 70), torch.tensor(end)).any()
+
+
+def test_the_seed_decides_and_nothing_else_changes() -> None:
+    model = model_with().train()
+    before = copy.deepcopy(model.state_dict())
+    state = torch.random.get_rng_state()
+    first, again, other = (generate(model, SAME_START, 4, seed=seed) for seed in (5, 5, 6))
+    assert first.equal(again)
+    assert not first.equal(other)
+    assert torch.random.get_rng_state().equal(state)
+    assert model.training
+    assert all(t.equal(before[name]) for name, t in model.state_dict().items())
+
+
+def test_a_low_precision_writes_text_too() -> None:
+    written = generate(model_with().float(), SAME_START, 4, dtype=torch.bfloat16)
+    assert written.shape == (4, IDS.shape[1])
+
+
+def test_a_model_that_cannot_write_is_refused() -> None:
+    assert not can_generate(Toy())
+    message = "Toy has no `generate` of transformers; expected a model that can write text: calibrate with given text"
+    with pytest.raises(CalibrationError, match=f"^{re.escape(message)} only$"):
+        generate(Toy(), IDS, 2)
+
+
+def test_a_broken_model_is_refused() -> None:
+    model = model_with()
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    with pytest.raises(NumericsError, match="LlamaForCausalLM cannot write text, its probabilities are not finite"):
+        generate(model, SAME_START, 2)
+
+
+# -- the pass ---------------------------------------------------------------------------------------------------------
+
+
+def writer(given: Tensor, samples: int, **_: Any) -> Tensor:
+    """Stands in for a model: samples that can be told apart."""
+    return torch.arange(1000, 1000 + samples)[:, None].expand(samples, given.shape[1])
+
+
+def after(step: SelfCalibration, **state: Any) -> list[Tensor]:
+    graph = attach(own_graph(decoder()), State(**{"batches": IDS.split(2), "generate": writer, **state}))
+    step(graph)
+    return list(state_of(graph).batches)
+
+
+def rows(ids: Tensor) -> list[tuple[int, ...]]:
+    return sorted(map(tuple, ids.tolist()))
+
+
+def test_written_samples_join_the_given_ones() -> None:
+    batches = after(SelfCalibration(samples=5))
+    everything = torch.cat(batches)
+    assert rows(everything) == rows(torch.cat([IDS, writer(IDS, 5)]))
+    assert [len(b) for b in batches] == [2, 2, 2, 2, 2, 1]
+    written = (everything[:, 0] >= 1000).tolist()
+    assert True in written[:5]  # mixed, not one after the other
+    assert False in written[5:]
+    again, other = (torch.cat(after(SelfCalibration(samples=5, seed=seed))) for seed in (0, 1))
+    assert again.equal(everything)
+    assert not other.equal(everything)
+
+
+def test_every_process_takes_its_share_of_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    found = []
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        found += after(SelfCalibration(samples=4), batches=[IDS[3 * rank : 3 * rank + 3]])
+    assert rows(torch.cat(found)) == rows(torch.cat([IDS, writer(IDS, 4)]))
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"samples": 0}, "samples is 0; expected at least 1"),
+    ({"temperature": 0.0}, "temperature is 0.0; expected a number above 0"),
+    ({"dtype": "int8"}, "dtype is 'int8'; expected bfloat16 or null"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG)
+def test_wrong_fields_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=f"^{re.escape(f'self_calibration: {message}')}$"):
+        SelfCalibration(**fields)
+
+
+def test_the_pass_says_what_is_missing() -> None:
+    with pytest.raises(CalibrationError, match="needs calibration tokens to write more; found none in the state"):
+        after(SelfCalibration(), batches=[])
+    with pytest.raises(PlanError, match=r"needs a model that can write text: .*; found none in the state"):
+        after(SelfCalibration(), generate=None)
+
+
+def test_what_is_fitted_has_seen_what_was_written() -> None:
+    """Pruning with the pass is pruning on the mixed tokens without it."""
+    model: nn.Module = make()
+    steps = (Magnitude(), slimgraph.passes.Regression(), UniformAllocation(ratio=0.1, round_to=1), Sweep())
+    with_pass = slimgraph.prune(model, IDS, recipe=Recipe((SelfCalibration(samples=4, dtype=None), *steps)), batch=10)
+    written = generate(model, IDS, 4)
+    by_hand = slimgraph.prune(model, torch.cat([IDS, written]), recipe=Recipe(steps), batch=10)
+    given_only = slimgraph.prune(model, IDS, recipe=Recipe(steps), batch=10)
+    assert with_pass.model is not None
+    assert by_hand.model is not None
+    assert given_only.model is not None
+    torch.testing.assert_close(logits(with_pass.model, IDS), logits(by_hand.model, IDS))
+    assert not torch.allclose(logits(with_pass.model, IDS), logits(given_only.model, IDS))
+
+
+def test_the_own_method_writes_with_its_seed() -> None:
+    (step,) = [p for p in method("slimgraph", 0.2, seed=4).passes if isinstance(p, SelfCalibration)]
+    assert step.seed == 4
