@@ -34,8 +34,10 @@ from slimgraph.passes import (
     FeatureSpace,
     HarmAllocation,
     LeastSquares,
+    Pass,
     Pearson,
     Regression,
+    SelfCalibration,
     Sweep,
     Verify,
 )
@@ -43,26 +45,56 @@ from slimgraph.recipe import Recipe, method
 from slimgraph.tasks import PAPER_METRICS
 
 BASELINE, OWN = "SlimLLM", "Slimgraph"
+LOCAL = LeastSquares("local")
+
+
+def by_harm(recovery: Pass) -> Maker:
+    return lambda ratio, *_: Recipe(
+        (Pearson(), FeatureSpace(), recovery, HarmAllocation(ratio=ratio, tokens=1024), Sweep(), Verify())
+    )
+
+
+def written(samples: int, recovery: Pass) -> Maker:
+    """SlimLLM with another recovery, on samples that the model writes beside the given ones."""
+    return lambda *given: Recipe((SelfCalibration(samples), *slimllm(*given, recovery=recovery).passes))
+
+
 IDEAS: dict[str, Maker] = {
     BASELINE: lambda *given: slimllm(*given),
-    "full fit, local target": lambda *given: slimllm(*given, recovery=LeastSquares("local")),
+    "full fit, local target": lambda *given: slimllm(*given, recovery=LOCAL),
     "full fit, dense target": lambda *given: slimllm(*given, recovery=LeastSquares("dense")),
     "full fit, dense target and stream": lambda *given: slimllm(*given, recovery=LeastSquares("stream")),
     "the same, weak prior (410 tokens)": lambda *given: slimllm(*given, recovery=LeastSquares("stream", 409.6)),
     "regression, dense target and stream": lambda *given: slimllm(*given, recovery=LeastSquares("stream", math.inf)),
-    "widths by harm": lambda ratio, *_: Recipe(
-        (Pearson(), FeatureSpace(), Regression(), HarmAllocation(ratio=ratio), Sweep(), Verify())
-    ),
-    "widths by harm, full fit, local target": lambda ratio, *_: Recipe(
-        (Pearson(), FeatureSpace(), LeastSquares("local"), HarmAllocation(ratio=ratio), Sweep(), Verify())
-    ),
+    "widths by harm": by_harm(Regression()),
+    "widths by harm, full fit, local target": by_harm(LOCAL),
+    "widths by harm, full fit, dense target and stream": by_harm(LeastSquares("stream")),
+    "written samples": written(32, Regression()),
+    "written samples, full fit, local target": written(32, LOCAL),
     OWN: lambda ratio, *_: method("slimgraph", ratio),
 }
+CURVE: dict[str, tuple[int, int]] = {
+    f"{given} given" + (f", {own} written" if own else ""): (given, own)
+    for given, own in [(32, 0), (64, 0), (128, 0), (512, 0), (2048, 0), (32, 32), (32, 96), (128, 128)]
+}
+
+
+def curve_maker(own: int) -> Maker:
+    return written(own, LOCAL) if own else IDEAS["full fit, local target"]
+
+
+CURVES: dict[str, Maker] = {name: curve_maker(own) for name, (_, own) in CURVE.items()}
 MARKERS = ("<!-- accuracy: begin -->", "<!-- accuracy: end -->")
+CURVE_MARKERS = ("<!-- calibration: begin -->", "<!-- calibration: end -->")
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
-    """The whole method with all seeds first, then what its parts do with the first."""
+    """The whole method with all seeds first, then what its parts do with the first; or how much text it takes."""
+    if options.curve:
+        for model, _ in options.model:
+            for share in options.shares:
+                yield from (curve_cell(model, share, name, options.seeds[0]) for name in CURVE)
+        return
     chosen = [name for name in IDEAS if not options.ideas or name in options.ideas]
     for model, _ in options.model:
         yield Cell(model, 0.0, DENSE, options.seeds[0])
@@ -78,6 +110,32 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
 def cell(model: str, share: float, name: str, seed: int) -> Cell:
     """SlimLLM's is the one of the reproduction; tasks are for the whole methods only."""
     return Cell(model, share, name, seed) if name == BASELINE else Cell(model, share, name, seed, "idea", name == OWN)
+
+
+def curve_cell(model: str, share: float, name: str, seed: int) -> Cell:
+    return Cell(model, share, name, seed, "curve", scored=False, samples=CURVE[name][0])
+
+
+def write_curve(options: argparse.Namespace) -> None:
+    tables = [curve_table(options, model) for model, _ in options.model]
+    how = describe(options, "accuracy.py", " --curve", windows="as many windows as the rows say")
+    write_between_markers(options.out, "\n\n".join([how, *tables]), *CURVE_MARKERS)
+
+
+def curve_table(options: argparse.Namespace, model: str) -> str:
+    """Perplexities and seconds by the number of calibration tokens."""
+    texts = [name for name, _ in options.text]
+    columns = ["share", "windows", "tokens", *texts, "seconds"]
+    lines = [f"`{model}`", "", f"| {' | '.join(columns)} |", f"|--:|---|{'--:|' * (len(columns) - 2)}"]
+    for share in options.shares:
+        for name, counts in CURVE.items():
+            row = read(options.results / curve_cell(model, share, name, options.seeds[0]).file)
+            if "perplexity" in row:
+                values = [perplexity_cell([row["perplexity"][t]]) for t in texts]
+                size = f"{sum(counts) * options.seq_len:,}"
+                shown = [f"{share:.0%}", name, size, *values, f"{row['seconds']:.0f}"]
+                lines.append(f"| {' | '.join(shown)} |")
+    return "\n".join(lines)
 
 
 def write_table(options: argparse.Namespace) -> None:
@@ -149,8 +207,10 @@ def drop(row: Mapping[str, Any], dense: Mapping[str, Any]) -> float | None:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--ideas", nargs="+", choices=list(IDEAS), help="only these")
+    options.add_argument("--curve", action="store_true", help="the number of calibration tokens instead of the ideas")
     given = options.parse_args()
-    drive(given, __file__, cells(given), lambda _: IDEAS, lambda: write_table(given))
+    makers, write = (CURVES, write_curve) if given.curve else (IDEAS, write_table)
+    drive(given, __file__, cells(given), lambda _: makers, lambda: write(given))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,10 @@ def slimllm(
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured, and under which heading: "" for methods as they are published, or a word like "ablation"."""
+    """What is measured, and under which heading: "" for methods as they are published, or a word like "ablation".
+
+    With another number of samples than the options say, the method's name should say so.
+    """
 
     model: str
     share: float
@@ -75,6 +78,7 @@ class Cell:
     seed: int
     kind: str = ""
     scored: bool = True
+    samples: int | None = None
 
     @property
     def file(self) -> str:
@@ -115,14 +119,14 @@ class Work:
         ids = calibration_tokens(
             self.options.calibration,
             self.tokenizer,
-            samples=self.options.samples,
+            samples=self.cell.samples or self.options.samples,
             seq_len=self.options.seq_len,
             seed=self.cell.seed,
         )
         structure = slimgraph.infer(slimgraph.trace(load_model(self.source, meta=True)))
         inside = in_layers(model, structure.layers)
         ratio = self.cell.share * (inside / total if self.options.of == "layers" else 1.0)
-        recipe = self.makers[self.cell.method](ratio, self.cell.share, len(structure.layers))
+        recipe = seeded(self.makers[self.cell.method](ratio, self.cell.share, len(structure.layers)), self.cell.seed)
         result = slimgraph.prune(model, ids.to(self.options.device), recipe=recipe)
         if result.model is None:
             raise SystemExit(f"{self.cell}: {result.module_failure}")
@@ -167,6 +171,11 @@ class Work:
         partial_file = self.file.with_suffix(".partial")
         partial_file.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
         partial_file.replace(self.file)
+
+
+def seeded(recipe: Recipe, seed: int) -> Recipe:
+    """The recipe with this seed in every pass that has one."""
+    return Recipe(tuple(replace(p, seed=seed) if hasattr(p, "seed") else p for p in recipe.passes))
 
 
 def in_layers(model: nn.Module, layers: Sequence[str]) -> int:
@@ -253,8 +262,8 @@ def average_cell(cell: Mapping[str, Any]) -> str:
     return f"{sum(v for v, _ in found) / len(found):.2f} ± {error:.2f}"
 
 
-def describe(options: argparse.Namespace, script: str, more_options: str = "") -> str:
-    """How the cells of a table were measured, and with which command."""
+def describe(options: argparse.Namespace, script: str, more_options: str = "", *, windows: str | None = None) -> str:
+    """How the cells of a table were measured, and with which command; `windows` says where their number differs."""
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("slimgraph", "torch", "transformers", "lm-eval")
     )
@@ -272,8 +281,9 @@ def describe(options: argparse.Namespace, script: str, more_options: str = "") -
     )
     share = "the decoder layers' parameters" if options.of == "layers" else "all parameters"
     return (
-        f"Shares are of {share}. Calibration: {options.samples} windows of {options.seq_len} tokens of "
-        f"`{options.calibration.name}`, the same for all methods. Perplexity in windows of {options.seq_len}; ± is the "
+        f"Shares are of {share}. Calibration: {windows or f'{options.samples} windows'} of {options.seq_len} tokens "
+        f"of `{options.calibration.name}`{'' if windows else ', the same for all methods'}. Perplexity in windows of "
+        f"{options.seq_len}; ± is the "
         "standard deviation over the calibration seeds, and for a single run the standard error over windows. Tasks by "
         f"lm-eval, zero-shot, {'all examples' if options.limit is None else f'the first {options.limit} examples'}, in "
         f"percent ({', '.join(f'{t}: {m}' for t, m in PAPER_METRICS.items())}), with the first seed, the model in "

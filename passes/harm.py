@@ -43,7 +43,7 @@ class HarmAllocation(_Allocation):
     """
 
     widths: tuple[float, ...] = (0.15, 0.4, 0.7)
-    tokens: int = 1024
+    tokens: int = 512
     dtype: str | None = "bfloat16"
     of: str = "parameters"
 

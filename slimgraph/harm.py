@@ -50,7 +50,7 @@ def measure(
     widths: Mapping[str, Sequence[int]],
     decide: Callable[[Units, Evidence, int], Decision],
     *,
-    tokens: int = 1024,
+    tokens: int = 512,
     dtype: torch.dtype | None = None,
     combine: Combine = alone,
     watch: Stopwatch | None = None,

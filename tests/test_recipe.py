@@ -27,6 +27,7 @@ from slimgraph.passes import (
     Pearson,
     RandomImportance,
     Regression,
+    SelfCalibration,
     Sweep,
     Taylor,
     UniformAllocation,
@@ -123,7 +124,7 @@ def test_methods_are_these_recipes() -> None:
     inner = UniformAllocation(ratio=0.2, spare_first=0.125, spare_last=0.0625, **OPTIONS)
     harm = HarmAllocation(ratio=0.2, **OPTIONS)
     expected = {
-        "slimgraph": (Pearson(), FeatureSpace(), LeastSquares(), harm, Sweep(), Verify()),
+        "slimgraph": (SelfCalibration(seed=5), Pearson(), FeatureSpace(), LeastSquares(), harm, Sweep(), Verify()),
         "slimllm": (Pearson(), FeatureSpace(), Regression(), cosine, Sweep(), Verify()),
         "magnitude": (Magnitude(), NoRecovery(), uniform, Sweep(), Verify()),
         "wanda": (WandaSp(), NoRecovery(), uniform, Sweep(), Verify()),

@@ -18,6 +18,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
+KINDS = ("reproduction", "ablations", "accuracy", "calibration")
+
+
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
     sys.path.insert(0, str(BENCHMARKS))
@@ -44,9 +47,7 @@ def arguments(
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("the old cat sits under a tree and the dog runs .\n" * 60)
-    (tmp_path / "results.md").write_text(
-        "".join(f"<!-- {kind}: begin -->\n<!-- {kind}: end -->\n" for kind in ("reproduction", "ablations", "accuracy"))
-    )
+    (tmp_path / "results.md").write_text("".join(f"<!-- {kind}: begin -->\n<!-- {kind}: end -->\n" for kind in KINDS))
     given = {"model": f"tiny={tmp_path / 'model'}", "calibration": text, "text": f"story={text}", "tokens": 64}
     given |= {"results": tmp_path / "cells", "samples": 4, "seq-len": 16, "out": tmp_path / "results.md"}
     return ["reproduce.py", *(str(word) for name, value in given.items() for word in (f"--{name}", value))]
@@ -120,6 +121,20 @@ def test_ideas_are_laid_beside_the_published_method(
     assert float(table["Slimgraph"][1]) != 1.0
 
 
+def test_more_calibration_is_more_windows(
+    ideas: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[str], tmp_path: Path
+) -> None:
+    curve = {"4 given": (4, 0), "6 given": (6, 0), "4 given, 3 written": (4, 3)}
+    monkeypatch.setattr(ideas, "CURVE", curve)
+    monkeypatch.setattr(ideas, "CURVES", {name: ideas.curve_maker(own) for name, (_, own) in curve.items()})
+    few = [*arguments, "--shares", "0.2", "--seeds", "0", "--curve"]
+    assert start(ideas, monkeypatch, few) == list(curve)
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    found = [[word.strip() for word in line.split("|")[2:5]] for line in lines if "| 20% |" in line]
+    assert [row[:2] for row in found] == [["4 given", "64"], ["6 given", "96"], ["4 given, 3 written", "112"]]
+    assert len({row[2] for row in found}) == 3
+
+
 def test_a_gap_is_of_logarithms(ideas: ModuleType) -> None:
     def row(value: float, right: float) -> dict[str, Any]:
         tasks = {t: {"metrics": {"acc": right}, "counted": "acc", "errors": {}} for t in ideas.PAPER_METRICS}
@@ -134,6 +149,14 @@ def test_a_gap_is_of_logarithms(ideas: ModuleType) -> None:
 def test_every_idea_is_a_recipe(ideas: ModuleType) -> None:
     recipes = [make(0.1, 0.2, 30).to_yaml() for make in ideas.IDEAS.values()]
     assert len(set(recipes)) == len(ideas.IDEAS)
+
+
+def test_a_cells_seed_is_that_of_its_passes(ideas: ModuleType) -> None:
+    from cells import seeded
+
+    recipe = seeded(ideas.IDEAS["Slimgraph"](0.1, 0.2, 30), 5)
+    assert [p.seed for p in recipe.passes if hasattr(p, "seed")] == [5]
+    assert len(recipe.passes) == len(ideas.IDEAS["Slimgraph"](0.1, 0.2, 30).passes)
 
 
 def test_the_layers_share_of_the_parameters(script: ModuleType) -> None:
