@@ -59,6 +59,10 @@ def written(samples: int, recovery: Pass) -> Maker:
     return lambda *given: Recipe((SelfCalibration(samples), *slimllm(*given, recovery=recovery).passes))
 
 
+def with_fit(recipe: Recipe, recovery: Pass) -> Recipe:
+    return Recipe(tuple(recovery if isinstance(p, LeastSquares) else p for p in recipe.passes))
+
+
 IDEAS: dict[str, Maker] = {
     BASELINE: lambda *given: slimllm(*given),
     "full fit, local target": lambda *given: slimllm(*given, recovery=LOCAL),
@@ -72,6 +76,7 @@ IDEAS: dict[str, Maker] = {
     "written samples": written(32, Regression()),
     "written samples, full fit, local target": written(32, LOCAL),
     OWN: lambda ratio, *_: method("slimgraph", ratio),
+    f"{OWN}, dense target and stream": lambda ratio, *_: with_fit(method("slimgraph", ratio), LeastSquares("stream")),
 }
 CURVE: dict[str, tuple[int, int]] = {
     f"{given} given" + (f", {own} written" if own else ""): (given, own)

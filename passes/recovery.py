@@ -59,7 +59,7 @@ class LeastSquares(_Recovery):
             None at each site what predicts held-out samples best.
     """
 
-    target: str = "stream"
+    target: str = "local"
     prior: float | None = 4096.0
 
     def __post_init__(self) -> None:

@@ -354,7 +354,7 @@ def test_a_stopped_run_beside_the_dense_model_goes_on_to_the_same_files(tmp_path
         pass
 
     make(num_hidden_layers=3).save_pretrained(tmp_path / "dense")
-    recipe = Recipe((Magnitude(), LeastSquares(), UniformAllocation(ratio=0.2, round_to=4), Sweep()))
+    recipe = Recipe((Magnitude(), LeastSquares("stream"), UniformAllocation(ratio=0.2, round_to=4), Sweep()))
 
     def pruned(out: str, **options: Any) -> None:
         prune_checkpoint(
