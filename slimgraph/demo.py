@@ -23,7 +23,7 @@ from slimgraph.pipeline import Result, prune
 from slimgraph.pretrained import demo_model, load_model, load_tokenizer
 from slimgraph.progress import Progress, Stopwatch
 from slimgraph.recipe import Recipe
-from slimgraph.text import calibration_batch, demo_texts, tokenize
+from slimgraph.text import calibration_tokens, demo_texts, start_tokens, tokenize
 
 __all__ = ["OUT", "run"]
 
@@ -74,18 +74,19 @@ def run(
         dense = load_model(source)
         tokenizer = load_tokenizer(source)
         calibration, evaluation = demo_texts()
-        ids = calibration_batch(tokenize(calibration, tokenizer), samples=samples, seq_len=_SEQ_LEN, seed=0)
-        test = tokenize(evaluation, tokenizer)[:tokens]
+        ids = calibration_tokens([calibration], tokenizer, samples=samples, seq_len=_SEQ_LEN)
+        start = start_tokens(tokenizer)
+        test = tokenize(evaluation, tokenizer, special=not start)[:tokens]
     _say(f"model        {source}")
     _say(f"text         the Python language reference: {ids.numel():,} tokens to calibrate, {len(test):,} to evaluate")
 
-    rows = [_measure("dense", dense, test, progress)]
+    rows = [_measure("dense", dense, test, start, progress)]
     notes = {"model": source, "method": "slimllm", "calibration": "prose of the Python language reference"}
     result = prune(dense, ids, ratio, notes=notes, progress=progress, watch=watch)
     same_cut = Recipe((ApplyPlan(plan=result.plan.to_dict()),))
     bare = prune(dense, ids, recipe=same_cut, progress=progress)
-    rows.append(_measure("pruned, without recovery", _module(bare), test, progress))
-    rows.append(_measure("pruned, with recovery", _module(result), test, progress))
+    rows.append(_measure("pruned, without recovery", _module(bare), test, start, progress))
+    rows.append(_measure("pruned, with recovery", _module(result), test, start, progress))
     with watch("save"), progress("save"):
         result.save(place, tokenizer=tokenizer, force=force)
     result.seconds = watch.stages()
@@ -97,17 +98,16 @@ def run(
         _say(f"pruned       {_sentence(_module(result), tokenizer)}")
     _say(f"\ncheckpoint   {place.resolve()}")
     with progress("load in another process"):
-        _say(_load_again(place, _module(result), test, rows[-1].measured))
+        _say(_load_again(place, _module(result), test, start, rows[-1].measured))
 
 
 def _say(text: str) -> None:
     print(text, flush=True)  # in order with the progress on standard error
 
 
-def _measure(name: str, model: nn.Module, test: Tensor, progress: Progress) -> _Row:
-    return _Row(
-        name, sum(p.numel() for p in model.parameters()), perplexity(model, test, seq_len=_SEQ_LEN, progress=progress)
-    )
+def _measure(name: str, model: nn.Module, test: Tensor, start: list[int], progress: Progress) -> _Row:
+    measured = perplexity(model, test, seq_len=_SEQ_LEN, start=start, progress=progress)
+    return _Row(name, sum(p.numel() for p in model.parameters()), measured)
 
 
 def _module(result: Result) -> nn.Module:
@@ -147,23 +147,24 @@ from transformers import AutoModelForCausalLM
 import slimgraph
 from slimgraph.perplexity import perplexity
 
-directory, tensors, seq_len = sys.argv[1], sys.argv[2], int(sys.argv[3])
+directory, tensors, seq_len, start = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 given = load_file(tensors)
 model = AutoModelForCausalLM.from_pretrained(directory).eval()
 with torch.no_grad():
     logits = model(given["test"][None, :seq_len]).logits[0]
 difference = float((logits - given["logits"]).abs().max())
-print(json.dumps({"difference": difference, "perplexity": perplexity(model, given["test"], seq_len=seq_len).value}))
+measured = perplexity(model, given["test"], seq_len=seq_len, start=start)
+print(json.dumps({"difference": difference, "perplexity": measured.value}))
 """
 
 
-def _load_again(place: Path, model: nn.Module, test: Tensor, before: Perplexity) -> str:
+def _load_again(place: Path, model: nn.Module, test: Tensor, start: list[int], before: Perplexity) -> str:
     """What a fresh process sees that loads the checkpoint with transformers' own `from_pretrained`."""
     with tempfile.TemporaryDirectory() as work, torch.no_grad():
         tensors = Path(work) / "given.safetensors"
         logits = model(test[None, :_SEQ_LEN]).logits[0]
         save_file({"test": test.contiguous(), "logits": logits.contiguous()}, tensors)
-        command = [sys.executable, "-c", _AGAIN, str(place), str(tensors), str(_SEQ_LEN)]
+        command = [sys.executable, "-c", _AGAIN, str(place), str(tensors), str(_SEQ_LEN), json.dumps(start)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

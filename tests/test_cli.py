@@ -13,13 +13,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import slimgraph
 from slimgraph import cli, demo
 from slimgraph.capacity import memory_needed
 from slimgraph.checkpoint import load_manifest
 from slimgraph.commands import options, pruning
+from slimgraph.perplexity import perplexity
 from slimgraph.progress import SILENT
 from slimgraph.recipe import method
 
@@ -326,6 +328,33 @@ def test_the_demo(
     ):
         assert expected in seen
     assert slimgraph.load(out) is not None
+
+
+def test_the_demo_reads_text_as_the_tokenizer_begins_it(
+    capsys: pytest.CaptureFixture[str], model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = shutil.copytree(model_dir, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="\n $A", special_tokens=[("\n", 1)])
+    tokenizer.save_pretrained(directory)
+    starts: list[list[int]] = []
+    firsts: list[int] = []
+
+    def measure(*given: Any, start: list[int], **options: Any) -> Any:
+        starts.append(start)
+        return perplexity(*given, start=start, **options)
+
+    def prune(model: Any, ids: torch.Tensor, *given: Any, **options: Any) -> Any:
+        firsts.extend(ids[:, 0].tolist())
+        return slimgraph.prune(model, ids, *given, **options)
+
+    monkeypatch.setattr(demo, "_SEQ_LEN", 32)
+    monkeypatch.setattr(demo, "perplexity", measure)
+    monkeypatch.setattr(demo, "prune", prune)
+    demo.run(SILENT, out=tmp_path / "out", model=str(directory), samples=4, tokens=256)
+    assert "another process" in capsys.readouterr().out
+    assert starts == [[1]] * 3
+    assert firsts == [1] * 8
 
 
 def test_the_module_can_be_run() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from slimgraph import hub
+from slimgraph import corpora, hub
 from slimgraph.errors import DataError
 from slimgraph.text import Tokenizer
 
@@ -217,12 +217,13 @@ def _parse(text: str, place: str) -> Any:
 def _read_dataset(spec: str, limit: int | None) -> list[Any]:
     import datasets
 
-    name_and_config, _, split = spec.partition("@")
-    name, _, config = name_and_config.partition(":")
+    source = corpora.parse(spec)
     with hub.without_waiting() as online:
         try:
             streamed = limit is not None and online
-            rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=streamed)
+            rows = datasets.load_dataset(
+                source.name, source.config, split=source.split, streaming=streamed, **source.options
+            )
             return list(islice(rows, limit))
         except (OSError, ValueError, RuntimeError) as error:
             reason = (
