@@ -9,12 +9,13 @@ import torch
 
 from slimgraph import harm
 from slimgraph.budget import Budget, Goal, keep_at, solve_curves
-from slimgraph.cost import macs, macs_per_unit
+from slimgraph.cost import macs
 from slimgraph.errors import CalibrationError, PlanError, RecipeError
 from slimgraph.evidence import Evidence
 from slimgraph.groups import Structure
 from slimgraph.passes.allocation import _Allocation, _cut_layers
 from slimgraph.passes.base import register
+from slimgraph.resources import Measure, cached_numbers, per_unit, seconds
 from slimgraph.state import State
 from slimgraph.surgery import Refit
 from slimgraph.sweep import Decision
@@ -22,6 +23,7 @@ from slimgraph.units import Units
 
 __all__ = ["HarmAllocation"]
 
+_RESOURCES = ("parameters", "macs", "cache", "latency")
 _FEW = 4  # blocks of at most so many units are tried at every width
 
 
@@ -37,8 +39,10 @@ class HarmAllocation(_Allocation):
         widths: shares of a site's units that are kept when it is tried; sites with at most four units per block are
             tried at every width. No site gets narrower than the lowest.
         tokens: calibration tokens that every cut is tried on.
-        of: what `ratio` is a share of: "parameters" of the whole model, or "macs", the multiply-accumulates of a prompt
-            as long as the calibration samples, output projection included.
+        of: what `ratio` is a share of: the "parameters" of the whole model; or, for one prompt as long as the
+            calibration samples, "macs", the multiply-accumulates, output projection included; "cache", the keys and
+            values that it leaves in a cache, of which only whole kv groups free any (`heads: kv`); or "latency", the
+            seconds of a forward pass, measured here and now.
         dtype: in which it is tried: "bfloat16", or None for the model's own.
     """
 
@@ -53,8 +57,8 @@ class HarmAllocation(_Allocation):
             raise RecipeError(f"{self.name}: unit_ratio is {self.unit_ratio}; expected ratio, of all parameters")
         if not self.widths or not all(0 < w < 1 for w in self.widths):
             raise RecipeError(f"{self.name}: widths are {self.widths}; expected shares between 0 and 1")
-        if self.of not in ("parameters", "macs"):
-            raise RecipeError(f"{self.name}: of is {self.of!r}; expected parameters or macs")
+        if self.of not in _RESOURCES:
+            raise RecipeError(f"{self.name}: of is {self.of!r}; expected one of {', '.join(_RESOURCES)}")
         if self.tokens < 1:
             raise RecipeError(f"{self.name}: tokens is {self.tokens}; expected at least 1")
         if self.dtype not in ("bfloat16", None):
@@ -71,14 +75,30 @@ class HarmAllocation(_Allocation):
             step = 1 if u.site.kind == "heads" else self.round_to
             between = {least, *range(least, u.block_size, step), u.block_size}
             curves[u.site.name] = harm.curve(library[u.site.name], u, sorted(between))
-        left = self._macs_left(goal, state.batches[0].shape[1]) if self.of == "macs" else None
-        return solve_curves(goal, curves, self.ratio or 0.0, left)
+        return solve_curves(goal, curves, self.ratio or 0.0, self._left(goal, state))
 
-    def _macs_left(self, goal: Goal, tokens: int) -> Callable[[Mapping[str, int]], float]:
-        each = macs_per_unit(goal.structure, goal.sites, tokens)
-        whole = macs(goal.structure.analysis.graph_module, tokens)
+    def _left(self, goal: Goal, state: State) -> Callable[[Mapping[str, int]], float] | None:
+        """What a budget leaves of the resource; None for parameters, which are counted anyway."""
+        if self.of == "parameters":
+            return None
+        sample = state.batches[0][:1]
+        measures: dict[str, Measure] = {
+            "macs": lambda graph: macs(graph, sample.shape[1]),
+            "cache": lambda graph: cached_numbers(graph, sample.shape[1]),
+            "latency": lambda graph: self._agreed(seconds(graph, sample), state),
+        }
+        measure = measures[self.of]
+        with state.watch("resources"):
+            whole = measure(goal.structure.analysis.graph_module)
+            each = per_unit(goal.structure, goal.sites, measure)
         sizes = {u.site.name: u.block_size for u in goal.sites}
         return lambda keep: whole - sum(each[name] * (sizes[name] - n) for name, n in keep.items())
+
+    @staticmethod
+    def _agreed(value: float, state: State) -> float:
+        """The mean over processes, which measure different times and have to decide alike."""
+        total, count = state.combine(torch.tensor([value, 1.0], dtype=torch.float64))
+        return float(total / count)
 
     def _library(self, structure: Structure, state: State) -> harm.Library:
         fit = state.fit

@@ -7,7 +7,7 @@ shapes suffice, and a model on the meta device costs the same as one in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,10 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimgraph.errors import CheckpointError, ModelError
-from slimgraph.groups import Structure
-from slimgraph.plan import Plan, resolve
-from slimgraph.surgery import prune_graph
 from slimgraph.trace import is_static, retarget, trace
-from slimgraph.units import Units, parameter_count
 from slimgraph.weightfiles import weight_files
 
-__all__ = ["Cost", "cache_bytes", "checkpoint_bytes", "cost", "macs", "macs_per_unit", "weight_bytes"]
+__all__ = ["Cost", "OnShapes", "cache_bytes", "checkpoint_bytes", "cost", "macs", "weight_bytes"]
 
 _CACHE_LENGTHS = (4, 8)  # tokens; short, so that a cache with a window has not reached it
 
@@ -93,56 +89,61 @@ def macs(graph_module: fx.GraphModule, tokens: int, batch: int = 1) -> int:
     Raises:
         ModelError: the graph needs values to run, not only shapes.
     """
-    shape = is_static(graph_module) or (batch, tokens)
-    own = fx.Graph()
-    own.output(own.graph_copy(graph_module.graph, {}))
-    on_meta = fx.GraphModule(graph_module, own)  # shares the weights
-    retarget(on_meta, "meta")
-    try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            _OnShapes(on_meta).run(torch.zeros(shape, dtype=torch.long, device="meta"))
-    except (RuntimeError, NotImplementedError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"the products of {type(graph_module).__name__} cannot be counted: its graph does not run on shapes "
-            f"alone ({reason}); expected one whose sizes do not depend on values"
-        ) from error
+    with FlopCounterMode(display=False) as counter:
+        OnShapes(graph_module).count(tokens, batch)
     return int(counter.get_total_flops()) // 2  # a multiply-accumulate counts as two operations there
 
 
-def macs_per_unit(structure: Structure, units: Sequence[Units], tokens: int) -> dict[str, float]:
-    """What one unit of each block of a site costs in a prompt of so many tokens, in multiply-accumulates.
-
-    One of all sites that are alike is cut to half, and counted as the graph then is: products are linear in a width.
+class OnShapes(fx.Interpreter):
+    """Runs a graph with shapes alone: on the meta device, weights made as they are read.
 
     Args:
-        structure: of the dense model; not changed.
-        units: of the sites.
-        tokens: length of the prompt.
-
-    Raises:
-        ModelError: as for `macs`.
+        graph_module: as made by `slimgraph.trace.trace`; not changed, and its weights are shared.
+        look: called with every node that `names` has, and its value.
+        names: of nodes.
     """
-    graph_module = structure.analysis.graph_module
-    sizes = {name: p.numel() for name, p in graph_module.named_parameters()}
-    before = macs(graph_module, tokens)
-    known: dict[object, float] = {}
-    found = {}
-    for u in units:
-        half = max(1, u.block_size // 2)
-        alike = (u.site.kind, u.block_size, u.block_count, parameter_count(structure, {u.group: half}, sizes))
-        if alike not in known:
-            kept = torch.arange(len(u.blocks)).view(u.block_count, u.block_size)[:, :half].flatten()
-            cut = prune_graph(resolve(structure, Plan(u.cut(kept))))
-            known[alike] = (before - macs(cut, tokens)) / max(1, u.block_size - half)
-        found[u.site.name] = known[alike]
-    return found
 
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        look: Callable[[fx.Node, Tensor], None] | None = None,
+        names: Container[str] = (),
+    ) -> None:
+        own = fx.Graph()
+        own.output(own.graph_copy(graph_module.graph, {}))
+        on_meta = fx.GraphModule(graph_module, own)
+        retarget(on_meta, "meta")
+        super().__init__(on_meta)
+        self._shape = is_static(graph_module)
+        self._what = type(graph_module).__name__
+        self._look, self._names = look, names
 
-class _OnShapes(fx.Interpreter):
-    """Runs a graph with weights on the meta device, made as they are read."""
+    def count(self, tokens: int, batch: int = 1) -> None:
+        """Run on sequences of so many tokens; a graph for a fixed shape takes its own.
+
+        Raises:
+            ModelError: the graph needs values to run, not only shapes.
+        """
+        shape = self._shape or (batch, tokens)
+        try:
+            with torch.no_grad():
+                self.run(torch.zeros(shape, dtype=torch.long, device="meta"))
+        except (RuntimeError, NotImplementedError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(
+                f"the products of {self._what} cannot be counted: its graph does not run on shapes alone ({reason}); "
+                "expected one whose sizes do not depend on values"
+            ) from error
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node, and show it to whoever looks."""
+        value = super().run_node(n)
+        if self._look is not None and n.name in self._names:
+            self._look(n, value)
+        return value
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A weight, on the meta device."""
         value = super().get_attr(target, args, kwargs)
         return value.to("meta") if isinstance(value, Tensor) else value
 
