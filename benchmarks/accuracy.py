@@ -13,6 +13,7 @@ import argparse
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cells import (
@@ -50,7 +51,7 @@ LOCAL = LeastSquares("local")
 
 def by_harm(recovery: Pass) -> Maker:
     return lambda ratio, *_: Recipe(
-        (Pearson(), FeatureSpace(), recovery, HarmAllocation(ratio=ratio, tokens=1024), Sweep(), Verify())
+        (Pearson(), FeatureSpace(), recovery, HarmAllocation(ratio=ratio, power=1.0), Sweep(), Verify())
     )
 
 
@@ -59,8 +60,11 @@ def written(samples: int, recovery: Pass) -> Maker:
     return lambda *given: Recipe((SelfCalibration(samples), *slimllm(*given, recovery=recovery).passes))
 
 
-def with_fit(recipe: Recipe, recovery: Pass) -> Recipe:
-    return Recipe(tuple(recovery if isinstance(p, LeastSquares) else p for p in recipe.passes))
+def with_mean(recipe: Recipe, recovery: Pass = LOCAL) -> Recipe:
+    """The own method with harm as a mean over 512 tokens, and another recovery."""
+    changed: dict[type[Pass], Any] = {LeastSquares: lambda _: recovery}
+    changed[HarmAllocation] = lambda harm: replace(harm, power=1.0, tokens=512)
+    return Recipe(tuple(changed.get(type(p), lambda same: same)(p) for p in recipe.passes))
 
 
 IDEAS: dict[str, Maker] = {
@@ -70,13 +74,16 @@ IDEAS: dict[str, Maker] = {
     "full fit, dense target and stream": lambda *given: slimllm(*given, recovery=LeastSquares("stream")),
     "the same, weak prior (410 tokens)": lambda *given: slimllm(*given, recovery=LeastSquares("stream", 409.6)),
     "regression, dense target and stream": lambda *given: slimllm(*given, recovery=LeastSquares("stream", math.inf)),
-    "widths by harm": by_harm(Regression()),
-    "widths by harm, full fit, local target": by_harm(LOCAL),
-    "widths by harm, full fit, dense target and stream": by_harm(LeastSquares("stream")),
+    "widths by mean harm": by_harm(Regression()),
+    "widths by mean harm, full fit, local target": by_harm(LOCAL),
+    "widths by mean harm, full fit, dense target and stream": by_harm(LeastSquares("stream")),
     "written samples": written(32, Regression()),
     "written samples, full fit, local target": written(32, LOCAL),
     OWN: lambda ratio, *_: method("slimgraph", ratio),
-    f"{OWN}, dense target and stream": lambda ratio, *_: with_fit(method("slimgraph", ratio), LeastSquares("stream")),
+    f"{OWN}, harm by its mean": lambda ratio, *_: with_mean(method("slimgraph", ratio)),
+    f"{OWN}, harm by its mean, dense target and stream": lambda ratio, *_: with_mean(
+        method("slimgraph", ratio), LeastSquares("stream")
+    ),
 }
 CURVE: dict[str, tuple[int, int]] = {
     f"{given} given" + (f", {own} written" if own else ""): (given, own)

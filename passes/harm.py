@@ -39,6 +39,8 @@ class HarmAllocation(_Allocation):
         widths: shares of a site's units that are kept when it is tried; sites with at most four units per block are
             tried at every width. No site gets narrower than the lowest.
         tokens: calibration tokens that every cut is tried on.
+        power: harm is a power mean over their positions: 1 for the mean, 2 for the root mean square, which spares what
+            few positions need much.
         of: what `ratio` is a share of: the "parameters" of the whole model; or, for one prompt as long as the
             calibration samples, "macs", the multiply-accumulates, output projection included; "cache", the keys and
             values that it leaves in a cache, of which only whole kv groups free any (`heads: kv`); or "latency", the
@@ -47,7 +49,8 @@ class HarmAllocation(_Allocation):
     """
 
     widths: tuple[float, ...] = (0.15, 0.4, 0.7)
-    tokens: int = 512
+    tokens: int = 1024
+    power: float = 2.0
     dtype: str | None = "bfloat16"
     of: str = "parameters"
 
@@ -61,6 +64,8 @@ class HarmAllocation(_Allocation):
             raise RecipeError(f"{self.name}: of is {self.of!r}; expected one of {', '.join(_RESOURCES)}")
         if self.tokens < 1:
             raise RecipeError(f"{self.name}: tokens is {self.tokens}; expected at least 1")
+        if not self.power >= 1:
+            raise RecipeError(f"{self.name}: power is {self.power}; expected at least 1")
         if self.dtype not in ("bfloat16", None):
             raise RecipeError(f"{self.name}: dtype is {self.dtype!r}; expected bfloat16 or null")
 
@@ -127,6 +132,7 @@ class HarmAllocation(_Allocation):
                 {u.site.name: self._widths(u) for u in state.units},
                 decide,
                 tokens=self.tokens,
+                power=self.power,
                 dtype=None if self.dtype is None else getattr(torch, self.dtype),
                 combine=state.combine,
                 watch=state.watch,

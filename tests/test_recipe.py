@@ -47,7 +47,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "fluctuation_allocation": ALLOCATION,
     "elimination": {"prior": 7.0, "rounds": 3},
     "feature_space": {"directions": False, "activations": False, "sources": False, "keep_lowest": 0.01},
-    "harm_allocation": {**ALLOCATION, "widths": (0.5,), "tokens": 64, "dtype": None, "of": "macs"},
+    "harm_allocation": {**ALLOCATION, "widths": (0.5,), "tokens": 64, "power": 1.0, "dtype": None, "of": "macs"},
     "least_squares": {"target": "dense", "prior": 7.0},
     "magnitude": {},
     "no_recovery": {},
