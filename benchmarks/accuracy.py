@@ -158,7 +158,7 @@ def write_table(options: argparse.Namespace) -> None:
 def table(options: argparse.Namespace, model: str) -> str:
     texts = [name for name, _ in options.text]
     gaps = [f"{text}, gap" for text in texts]
-    columns = ["share", "method", *texts, *gaps, "tasks", "drop", "parameters", "seconds"]
+    columns = ["share", "method", *texts, *gaps, "tasks", "drop", "parameters", "seconds", "seeds"]
     lines = [f"`{model}`", "", f"| {' | '.join(columns)} |", f"|--:|---|{'--:|' * (len(columns) - 2)}"]
     dense = read(options.results / Cell(model, 0.0, DENSE, options.seeds[0]).file)
     for share in options.shares:
@@ -190,7 +190,7 @@ def line(
     ]
     drops = drop(seeds[0], dense), drop(baseline[0], dense)
     relative = "-" if None in drops or not drops[1] else f"{(drops[0] or 0.0) / drops[1]:.2f}"
-    cost = [f"{seeds[0]['parameters']:,}", f"{seeds[0]['seconds']:.0f}"]
+    cost = [f"{seeds[0]['parameters']:,}", f"{seeds[0]['seconds']:.0f}", str(len(seeds))]
     return f"| {' | '.join([f'{share:.0%}', name, *values, *gaps, average_cell(seeds[0]), relative, *cost])} |"
 
 

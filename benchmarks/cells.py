@@ -241,8 +241,9 @@ def claim(options: argparse.Namespace) -> None:
 def perplexity_cell(seeds: Sequence[Mapping[str, Any]]) -> str:
     values = [s["value"] for s in seeds]
     spread = statistics.stdev(values) if len(values) > 1 else seeds[0]["standard_error"]
-    digits = 2 if statistics.mean(values) < 1000 else 0
-    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+    mean = statistics.mean(values)
+    form = ".2f" if mean < 1000 else ".0f" if mean < 1e5 else ".1e"
+    return f"{mean:{form}} ± {spread:{form}}"
 
 
 def counted(task: Mapping[str, Any]) -> tuple[float, float]:

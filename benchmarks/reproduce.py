@@ -90,7 +90,7 @@ def table(options: argparse.Namespace, model: str) -> str:
     texts = [name for name, _ in options.text]
     tasks = [] if options.ablations else TITLES
     average = [] if options.ablations else ["average"]
-    columns = ["share", "removed of all", "method", *texts, *tasks, *average, "seconds", "peak GB"]
+    columns = ["share", "removed of all", "method", *texts, *tasks, *average, "seconds", "peak GB", "seeds"]
     lines = [f"`{model}`", "", f"| {' | '.join(columns)} |", f"|---|--:|---|{'--:|' * (len(columns) - 3)}"]
     found = [read(options.results / cell.file) for cell in cells(options) if cell.model == model]
     rows: dict[tuple[float, str], list[dict[str, Any]]] = {}
@@ -103,7 +103,7 @@ def table(options: argparse.Namespace, model: str) -> str:
         scores = [task_cell(first, task) for task in PAPER_METRICS] if tasks else []
         mean = [average_cell(first)] if average else []
         numbers = [perplexity_cell([s["perplexity"][t] for s in seeds]) for t in texts]
-        cost = [f"{first['seconds']:.0f}", f"{first['peak_bytes'] / 1e9:.2f}"]
+        cost = [f"{first['seconds']:.0f}", f"{first['peak_bytes'] / 1e9:.2f}", str(len(seeds))]
         shown = [f"{share:.0%}", f"{first['removed']:.1%}", name, *numbers, *scores, *mean, *cost]
         lines.append(f"| {' | '.join(shown)} |")
     remarks = [] if options.ablations else ranking(rows, texts)
