@@ -37,6 +37,19 @@ def test_regression_equals_polyfit_on_activations(case: tuple[RawSite, Tensor]) 
 
 
 @fast
+@given(case=cases())
+def test_batches_of_different_means_add_up(case: tuple[RawSite, Tensor]) -> None:
+    site, channels = case
+    drifting = dataclasses.replace(site, x=site.x + torch.linspace(-3, 3, len(site.x), dtype=site.x.dtype)[:, None])
+    whole = drifting.evidence()
+    in_parts = dataclasses.replace(whole, inputs=list(drifting.x.split([4, 9, len(site.x) - 13])))
+    for found, expected in zip(
+        recover.regression(in_parts, channels), reference.regression(drifting, channels), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+@fast
 @given(case=cases(), step=st.sampled_from([-1e-1, -1e-4, 1e-4, 1e-1]))
 def test_regression_is_the_least_squares_optimum(case: tuple[RawSite, Tensor], step: float) -> None:
     site, channels = case

@@ -425,3 +425,13 @@ def test_slimllm_equals_the_method_carried_out_by_hand(heads: str, changes: dict
         close(refit.bias, decided[name].bias, 1e-6)
     assert len(state.refits) == 4
     close(logits(pruned, IDS), logits(by_hand, IDS), 1e-6)
+
+
+def test_what_is_not_finite_is_refused_even_where_no_score_looks_at_it() -> None:
+    model = make()
+    with torch.no_grad():
+        tensor_at(model, "model.layers.1.mlp.up_proj.weight")[0, 0] = torch.nan
+    structure = infer(trace(model))
+    last = [s for s in structure.prunable_sites() if s.layer == 1 and s.kind == "channels"]
+    with pytest.raises(NumericsError, match=r"layers.1.mlp.down_proj.*activations are NaN"):
+        sweep(structure, [IDS], [units_of(structure, s) for s in last], lambda units, evidence: None)
