@@ -131,7 +131,7 @@ class OnShapes(fx.Interpreter):
         except (RuntimeError, NotImplementedError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(
-                f"the products of {self._what} cannot be counted: its graph does not run on shapes alone ({reason}); "
+                f"what {self._what} takes cannot be counted: its graph does not run on shapes alone ({reason}); "
                 "expected one whose sizes do not depend on values"
             ) from error
 

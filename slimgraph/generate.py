@@ -84,9 +84,10 @@ def generate(
 
 def _beginnings(model: Any, like: Tensor, samples: int) -> tuple[Tensor, int]:
     """First token of each sample (samples, 1), and how many of the written tokens are dropped again."""
-    if bool((like[:, 0] == like[0, 0]).all()) and len(like) > 1:
-        return like[:1, :1].expand(samples, 1), 0
     start = getattr(model.generation_config, "bos_token_id", None)
+    # Of a single sample only the start token itself says that it was put there.
+    if bool((like[:, 0] == like[0, 0]).all()) and (len(like) > 1 or int(like[0, 0]) == start):
+        return like[:1, :1].expand(samples, 1), 0
     if isinstance(start, int) and start < len(model.get_input_embeddings().weight):
         return torch.full((samples, 1), start), 1
     return like.flatten()[torch.randint(like.numel(), (samples, 1))], 0

@@ -139,7 +139,8 @@ def prune(
         samples: number of windows that are drawn from a calibration text.
         seq_len: tokens of each window.
         recipe: a `Recipe`, or the name of a method, see `slimgraph.recipe.method`.
-        recovery: "regression", "bias_only" or "no_recovery" instead of the method's own; see `slimgraph.recipe.method`.
+        recovery: "least_squares", "regression", "bias_only" or "no_recovery" instead of the method's own; see
+            `slimgraph.recipe.method`.
         heads: "kv", "balanced" or "auto": what goes under grouped-query attention.
         round_to: kept channels are a multiple of this.
         batch: samples that go through the model at once; as many as have 4 096 tokens by default.

@@ -59,6 +59,12 @@ def test_a_common_first_token_stays_the_first() -> None:
     assert (generate(model_with(bos_token_id=3), SAME_START, 5)[:, 0] == 7).all()
 
 
+def test_of_one_sample_only_the_start_token_stays_the_first() -> None:
+    assert (generate(model_with(bos_token_id=7), SAME_START[:1], 5)[:, 0] == 7).all()
+    cold = generate(model_with(bos_token_id=3, eos_token_id=None), SAME_START[:1], 5, temperature=1e-6)
+    assert (cold[:, 0] == logits(make(), torch.tensor([[3]]))[0, -1].argmax()).all()
+
+
 def test_a_start_token_is_not_among_the_samples() -> None:
     model = model_with(bos_token_id=3, eos_token_id=None)
     written = generate(model, IDS, 4, temperature=1e-6)
