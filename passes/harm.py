@@ -96,6 +96,12 @@ class HarmAllocation(_Allocation):
         with state.watch("resources"):
             whole = measure(goal.structure.analysis.graph_module)
             each = per_unit(goal.structure, goal.sites, measure)
+        least = min(each, key=each.__getitem__)
+        if each[least] < 0:
+            raise PlanError(
+                f"of {self.of}: {least} takes more of it when it is cut to half than as it is; expected less: measure "
+                "on a machine that does nothing else, with longer samples, or take another budget"
+            )
         sizes = {u.site.name: u.block_size for u in goal.sites}
         return lambda keep: whole - sum(each[name] * (sizes[name] - n) for name, n in keep.items())
 

@@ -152,6 +152,15 @@ def test_a_budget_of_time_is_met_in_what_is_measured(monkeypatch: pytest.MonkeyP
     assert 1 - without_biases / result.parameters_before == pytest.approx(0.2, abs=0.01)
 
 
+def test_times_that_make_no_sense_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a smaller graph may seem to be slower."""
+    monkeypatch.setattr("slimgraph.passes.harm.seconds", lambda graph, ids: -sum(p.numel() for p in graph.parameters()))
+    with pytest.raises(
+        PlanError, match=r"^of latency: model\.layers.* takes more of it when it is cut to half than as"
+    ):
+        pruned(make(), 0.2, of="latency")
+
+
 def test_an_unknown_resource_is_refused() -> None:
     message = "harm_allocation: of is 'joules'; expected one of parameters, macs, cache, latency"
     with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
