@@ -13,7 +13,6 @@ import argparse
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from cells import (
@@ -47,12 +46,18 @@ from slimgraph.tasks import PAPER_METRICS
 
 BASELINE, OWN = "SlimLLM", "Slimgraph"
 LOCAL = LeastSquares("local")
+STREAM = LeastSquares("stream")
 
 
-def by_harm(recovery: Pass) -> Maker:
-    return lambda ratio, *_: Recipe(
-        (Pearson(), FeatureSpace(), recovery, HarmAllocation(ratio=ratio, power=1.0), Sweep(), Verify())
-    )
+def by_harm(recovery: Pass, written: int = 0, **fields: Any) -> Maker:
+    """Widths by harm, decided from all samples, on the given samples and on some that the model writes."""
+
+    def make(ratio: float, *_: Any) -> Recipe:
+        more = (SelfCalibration(written),) if written else ()
+        allocation = HarmAllocation(ratio=ratio, samples=None, **fields)
+        return Recipe((*more, Pearson(), FeatureSpace(), recovery, allocation, Sweep(), Verify()))
+
+    return make
 
 
 def written(samples: int, recovery: Pass) -> Maker:
@@ -60,30 +65,26 @@ def written(samples: int, recovery: Pass) -> Maker:
     return lambda *given: Recipe((SelfCalibration(samples), *slimllm(*given, recovery=recovery).passes))
 
 
-def with_mean(recipe: Recipe, recovery: Pass = LOCAL) -> Recipe:
-    """The own method with harm as a mean over 512 tokens, and another recovery."""
-    changed: dict[type[Pass], Any] = {LeastSquares: lambda _: recovery}
-    changed[HarmAllocation] = lambda harm: replace(harm, power=1.0, tokens=512)
-    return Recipe(tuple(changed.get(type(p), lambda same: same)(p) for p in recipe.passes))
-
-
+MEAN: dict[str, Any] = {"power": 1.0, "tokens": 1024}
 IDEAS: dict[str, Maker] = {
     BASELINE: lambda *given: slimllm(*given),
     "full fit, local target": lambda *given: slimllm(*given, recovery=LOCAL),
     "full fit, dense target": lambda *given: slimllm(*given, recovery=LeastSquares("dense")),
-    "full fit, dense target and stream": lambda *given: slimllm(*given, recovery=LeastSquares("stream")),
+    "full fit, dense target and stream": lambda *given: slimllm(*given, recovery=STREAM),
     "the same, weak prior (410 tokens)": lambda *given: slimllm(*given, recovery=LeastSquares("stream", 409.6)),
-    "regression, dense target and stream": lambda *given: slimllm(*given, recovery=LeastSquares("stream", math.inf)),
-    "widths by mean harm": by_harm(Regression()),
-    "widths by mean harm, full fit, local target": by_harm(LOCAL),
-    "widths by mean harm, full fit, dense target and stream": by_harm(LeastSquares("stream")),
-    "written samples": written(32, Regression()),
-    "written samples, full fit, local target": written(32, LOCAL),
-    OWN: lambda ratio, *_: method("slimgraph", ratio),
-    f"{OWN}, harm by its mean": lambda ratio, *_: with_mean(method("slimgraph", ratio)),
-    f"{OWN}, harm by its mean, dense target and stream": lambda ratio, *_: with_mean(
-        method("slimgraph", ratio), LeastSquares("stream")
+    "full fit, local target, then the stream": lambda *given: slimllm(
+        *given, recovery=LeastSquares("stream", correction=8192.0)
     ),
+    "regression, dense target and stream": lambda *given: slimllm(*given, recovery=LeastSquares("stream", math.inf)),
+    "widths by mean harm": by_harm(Regression(), **MEAN),
+    "widths by mean harm, full fit, local target": by_harm(LOCAL, **MEAN),
+    "widths by mean harm, full fit, dense target and stream": by_harm(STREAM, **MEAN),
+    "32 written": written(32, Regression()),
+    "32 written, full fit, local target": written(32, LOCAL),
+    "32 written, mean harm, full fit, local target": by_harm(LOCAL, 32, power=1.0, tokens=512),
+    "32 written, mean harm, full fit, dense target and stream": by_harm(STREAM, 32, power=1.0, tokens=512),
+    "32 written, root mean square, full fit, local target": by_harm(LOCAL, 32, power=2.0, tokens=1024),
+    OWN: lambda ratio, *_: method("slimgraph", ratio),
 }
 CURVE: dict[str, tuple[int, int]] = {
     f"{given} given" + (f", {own} written" if own else ""): (given, own)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from slimgraph import harm
 from slimgraph.budget import Budget, Goal, keep_at, solve_curves
@@ -39,6 +40,8 @@ class HarmAllocation(_Allocation):
         widths: shares of a site's units that are kept when it is tried; sites with at most four units per block are
             tried at every width. No site gets narrower than the lowest.
         tokens: calibration tokens that every cut is tried on.
+        samples: calibration samples that the tried cuts are decided from, rounded up to whole micro-batches; all others
+            are left to the sweep. None takes all.
         power: harm is a power mean over their positions: 1 for the mean, 2 for the root mean square, which spares what
             few positions need much.
         of: what `ratio` is a share of: the "parameters" of the whole model; or, for one prompt as long as the
@@ -49,8 +52,9 @@ class HarmAllocation(_Allocation):
     """
 
     widths: tuple[float, ...] = (0.15, 0.4, 0.7)
-    tokens: int = 1024
-    power: float = 2.0
+    tokens: int = 2048
+    samples: int | None = 64
+    power: float = 1.5
     dtype: str | None = "bfloat16"
     of: str = "parameters"
 
@@ -64,6 +68,8 @@ class HarmAllocation(_Allocation):
             raise RecipeError(f"{self.name}: of is {self.of!r}; expected one of {', '.join(_RESOURCES)}")
         if self.tokens < 1:
             raise RecipeError(f"{self.name}: tokens is {self.tokens}; expected at least 1")
+        if self.samples is not None and self.samples < 1:
+            raise RecipeError(f"{self.name}: samples is {self.samples}; expected at least 1, or null")
         if not self.power >= 1:
             raise RecipeError(f"{self.name}: power is {self.power}; expected at least 1")
         if self.dtype not in ("bfloat16", None):
@@ -133,7 +139,7 @@ class HarmAllocation(_Allocation):
         with state.watch("harm"):
             return harm.measure(
                 structure,
-                state.batches,
+                self._first(state.batches),
                 state.units,
                 {u.site.name: self._widths(u) for u in state.units},
                 decide,
@@ -144,6 +150,15 @@ class HarmAllocation(_Allocation):
                 watch=state.watch,
                 progress=state.progress,
             )
+
+    def _first(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """As many micro-batches as hold the samples that cuts are decided from."""
+        found: list[Tensor] = []
+        for batch in batches:
+            if self.samples is not None and sum(map(len, found)) >= self.samples:
+                break
+            found.append(batch)
+        return found
 
     def _widths(self, units: Units) -> list[int]:
         if units.block_size <= _FEW:

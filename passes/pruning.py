@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from slimgraph.errors import PlanError
-from slimgraph.evidence import Evidence
+from slimgraph.evidence import Evidence, Twin
 from slimgraph.groups import Structure
 from slimgraph.passes.base import Pass, register
 from slimgraph.plan import Plan, resolve
@@ -42,7 +42,13 @@ class Sweep(Pass):
             raise PlanError(f"sweep does not know how to choose {min(missing)}: put an importance pass before it")
         structure = structure_of(graph_module)
 
+        cut = [_current(u, structure) for u in state.units if budget.keep[u.site.name] < u.block_size]
+        # Where no output is simply added to the stream, nothing can be learnt from the dense model's stream.
+        beside = state.twin == "dense" or (state.twin == "stream" and any(structure.joined(u.site) for u in cut))
+
         def decide(units: Units, evidence: Evidence) -> Decision | None:
+            if state.twin and not beside:
+                evidence = replace(evidence, twin=Twin(evidence.inputs))
             with state.watch("scores"):
                 importance = state.importance[evidence.kind]
                 kept = importance.select(evidence, budget.keep[units.site.name])
@@ -52,7 +58,6 @@ class Sweep(Pass):
                 channels = evidence.kept_channels(kept)
                 return Decision(kept, channels, Refit(*fit(evidence, channels)))
 
-        cut = [_current(u, structure) for u in state.units if budget.keep[u.site.name] < u.block_size]
         sink = state.sink
         earlier = {} if sink is None else sink.earlier
         if sink is not None:
@@ -70,7 +75,7 @@ class Sweep(Pass):
                 remember=None if sink is None else sink.decided,
                 layer_done=None if sink is None else sink.layer_done,
                 start=None if sink is None else sink.start,
-                twin=state.twin,
+                twin=beside,
             )
         plan = Plan({})
         for u in cut:

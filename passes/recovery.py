@@ -29,9 +29,9 @@ class _Recovery(Pass):
         """Whether a site without bias gains one."""
         return True
 
-    def needs_twin(self) -> bool:
-        """Whether the dense model has to run beside the pruned one."""
-        return False
+    def needs_twin(self) -> str | None:
+        """The target for which the dense model has to run beside the pruned one, if there is one."""
+        return None
 
     def fit(self, evidence: Evidence, channels: Tensor) -> tuple[Tensor, Tensor | None]:
         """New weight (out, kept) and bias (out,) for the kept channels."""
@@ -57,22 +57,33 @@ class LeastSquares(_Recovery):
             "local" run the dense model beside the pruned one.
         prior: how strongly, in tokens: the regression counts as much as so many more; infinity gives the regression,
             None at each site what predicts held-out samples best.
+        correction: how strongly the fit to a target other than "local" is shrunk towards the one to the local target,
+            in tokens; None shrinks it towards the regression at once, as `prior` says.
     """
 
     target: str = "local"
     prior: float | None = 4096.0
+    correction: float | None = None
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise RecipeError(f"{self.name}: target is {self.target!r}; expected one of {', '.join(TARGETS)}")
         if self.prior is not None and not self.prior >= 0:
             raise RecipeError(f"{self.name}: prior is {self.prior}; expected a number of tokens, at least 0, or null")
+        if self.correction is not None and not self.correction >= 0:
+            raise RecipeError(f"{self.name}: correction is {self.correction}; expected a number of tokens, at least 0")
+        if self.correction is not None and self.target == "local":
+            raise RecipeError(
+                f"{self.name}: correction is {self.correction} with the target local; expected null, or dense or stream"
+            )
 
-    def needs_twin(self) -> bool:
-        return self.target != "local"
+    def needs_twin(self) -> str | None:
+        return None if self.target == "local" else self.target
 
     def fit(self, evidence: Evidence, channels: Tensor) -> tuple[Tensor, Tensor | None]:
-        return recover.least_squares(evidence, channels, target=self.target, prior=self.prior)
+        return recover.least_squares(
+            evidence, channels, target=self.target, prior=self.prior, correction=self.correction
+        )
 
 
 @register

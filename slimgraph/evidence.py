@@ -94,7 +94,7 @@ TARGETS = ("local", "dense", "stream")
 
 "local": what the whole site makes of the input that the pruned model gives it. "dense": what it makes of the input that
 the dense model gives it. "stream": the same, and what the residual stream lost before, so that their sum comes out as
-in the dense model; "dense" where the output is not simply added to the stream.
+in the dense model; "local" where the output is not simply added to the stream.
 """
 
 
@@ -312,6 +312,10 @@ class Evidence:
             variance=squares - sliced_rest * sliced_rest / self.count,
         )
 
+    def aim(self, target: str) -> str:
+        """What a target comes to here: "stream" is "local" where the output is not simply added to the stream."""
+        return "local" if target == "stream" and self.twin is not None and self.twin.stream is None else target
+
     @cached_property
     def _crossings(self) -> dict[str, Crossed]:
         return {}
@@ -322,6 +326,7 @@ class Evidence:
         Args:
             target: one of `TARGETS`.
         """
+        target = self.aim(target)
         if target not in self._crossings:
             self._crossings[target] = self._local() if target == "local" else self._cross(target)
         return self._crossings[target]

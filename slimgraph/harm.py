@@ -5,8 +5,8 @@ dense. Harm is how far the distribution of the next token moves. A budget can th
 and channels alike, by what their units are worth.
 
 A few calibration tokens stand for all text. What a site does for kinds of text that are not among them shows as a
-large harm at few positions, so positions count by a mean of a higher power: with the root mean square, the first
-layers, which make sense of rare tokens, are spared.
+large harm at few positions, so positions count by a mean of a higher power: the first layers, which make sense of rare
+tokens, are spared.
 
 The dense model is run once over all calibration tokens. At the end of each layer every cut of its sites is tried: the
 first few samples go on from the beginning of the layer to the logits, at a lower precision if that is faster.
@@ -55,8 +55,8 @@ def measure(
     widths: Mapping[str, Sequence[int]],
     decide: Callable[[Units, Evidence, int], Decision],
     *,
-    tokens: int = 1024,
-    power: float = 2.0,
+    tokens: int = 2048,
+    power: float = 1.5,
     dtype: torch.dtype | None = None,
     combine: Combine = alone,
     watch: Stopwatch | None = None,

@@ -94,7 +94,12 @@ def regression(evidence: Evidence, channels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def least_squares(
-    evidence: Evidence, channels: Tensor, *, target: str = "local", prior: float | None = 4096.0
+    evidence: Evidence,
+    channels: Tensor,
+    *,
+    target: str = "local",
+    prior: float | None = 4096.0,
+    correction: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All kept weights by least squares, shrunk towards what `regression` finds.
 
@@ -106,11 +111,19 @@ def least_squares(
     So the regression counts as much as `prior` further tokens in which the kept channels are uncorrelated; it is the
     limit for many. Solved by Cholesky in float64.
 
+    A target that differs from the local one asks for two things at once: that the others make up for the channels that
+    go, which the tokens tell well, and that earlier damage is repaired, which they tell badly. With `correction` the
+    two have priors of their own: the fit to the local target comes first and takes the place of W₀ in the fit to T.
+
     Args:
         evidence: of the site.
         channels: (kept,) int64 indices of the channels that stay.
         target: one of `slimgraph.evidence.TARGETS`.
-        prior: how strongly to shrink, in tokens; infinity gives the regression, None what `held_out_prior` finds.
+        prior: how strongly to shrink towards the regression, in tokens; infinity gives the regression, None what
+            `held_out_prior` finds.
+        correction: how strongly to shrink the fit to the target towards the one to the local target, in tokens;
+            infinity gives the weight of the local one, with the bias that the target has then. None fits the target at
+            once. Of no account where the target is the local one.
 
     Returns:
         Weight (out, kept) and bias (out,).
@@ -120,8 +133,13 @@ def least_squares(
         NumericsError: the system cannot be solved, or the result is not finite.
     """
     evidence.require_finite_weight()
-    system = _System.of(evidence, channels, target)
-    weight = system.weight(held_out_prior(evidence, channels, target) if prior is None else prior)
+    target = evidence.aim(target)
+    first = target if correction is None else "local"
+    system = _System.of(evidence, channels, first)
+    weight = system.weight(held_out_prior(evidence, channels, first) if prior is None else prior)
+    if correction is not None and target != first:
+        system = system.aimed_at(target, channels)
+        weight = system.towards(weight, correction)
     return _checked(evidence, weight, system.shift(weight))
 
 
@@ -170,8 +188,7 @@ class _System:
     @classmethod
     def of(cls, evidence: Evidence, channels: Tensor, target: str) -> _System:
         channels = channels.to(evidence.device)
-        own, all_crossed = evidence.moments.restrict(channels), evidence.crossed(target)
-        crossed = replace(all_crossed, scatter=all_crossed.scatter.index_select(1, channels))
+        own, crossed = evidence.moments.restrict(channels), _crossed_with(evidence, channels, target)
         weight = evidence.weight.to(evidence.device, torch.float64).index_select(1, channels)
         products = weight @ own.scatter
         variance = (products * weight).sum(1)
@@ -181,11 +198,22 @@ class _System:
 
     def weight(self, prior: float) -> Tensor:
         """(out, kept) what minimises the error with the regression worth so many tokens."""
+        return self._moved(self.start, self.slopes * self.products, prior)
+
+    def aimed_at(self, target: str, channels: Tensor) -> _System:
+        """The same channels and the same start with another target."""
+        return replace(self, crossed=_crossed_with(self.evidence, channels.to(self.evidence.device), target))
+
+    def towards(self, start: Tensor, prior: float) -> Tensor:
+        """(out, kept) what minimises the error with another weight (out, kept) worth so many tokens."""
+        return self._moved(start, start @ self.own.scatter, prior)
+
+    def _moved(self, start: Tensor, products: Tensor, prior: float) -> Tensor:
+        """From a start W₀, given W₀ G."""
         if math.isinf(prior):
-            return self.start
+            return start
         shift = prior / self.own.count * self.own.scatter.diagonal().mean()
-        rest = self.crossed.scatter - self.slopes * self.products
-        return self.start + _solved(self.evidence, self.own.scatter, shift, rest)
+        return start + _solved(self.evidence, self.own.scatter, shift, self.crossed.scatter - products)
 
     def shift(self, weight: Tensor) -> Tensor:
         """(out,) the intercept that goes with a weight."""
@@ -195,6 +223,12 @@ class _System:
         """Sum of squares that a weight leaves of T, each output channel about its own mean."""
         explained = (weight * (2 * self.crossed.scatter - weight @ self.own.scatter)).sum()
         return float(self.crossed.squares.sum() - explained)
+
+
+def _crossed_with(evidence: Evidence, channels: Tensor, target: str) -> Crossed:
+    """Moments of a target and the kept channels."""
+    found = evidence.crossed(target)
+    return replace(found, scatter=found.scatter.index_select(1, channels))
 
 
 def _solved(evidence: Evidence, gram: Tensor, shift: Tensor, right: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ class State:
         importance: "heads" and "channels" -> how units are chosen.
         fit: how output projections are refitted; None keeps sliced weights.
         fit_adds_bias: whether a refitted site gains a bias.
-        twin: whether the fit needs the dense model beside the pruned one.
+        twin: what the fit needs the dense model beside the pruned one for, "dense" or "stream" (see
+            `slimgraph.evidence.TARGETS`); None where it does not.
         units: the sites to cut, once allocated.
         budget: how many units stay, once allocated.
         plan, refits: what the sweep decided.
@@ -104,7 +105,7 @@ class State:
     importance: dict[str, Importance] = field(default_factory=dict)
     fit: Fit | None = None
     fit_adds_bias: bool = False
-    twin: bool = False
+    twin: str | None = None
     units: Sequence[Units] = ()
     budget: Budget | None = None
     plan: Plan = field(default_factory=Plan)

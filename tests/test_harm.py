@@ -342,6 +342,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"unit_ratio": 0.2}, "unit_ratio is 0.2; expected ratio, of all parameters"),
     ({}, "give either ratio or unit_ratio; found None and None"),
     ({"ratio": 0.2, "tokens": 0}, "tokens is 0; expected at least 1"),
+    ({"ratio": 0.2, "samples": 0}, "samples is 0; expected at least 1, or null"),
     ({"ratio": 0.2, "power": 0.5}, "power is 0.5; expected at least 1"),
     ({"ratio": 0.2, "dtype": "int8"}, "dtype is 'int8'; expected bfloat16 or null"),
     ({"ratio": 0.2, "round_to": 0}, "round_to is 0; expected at least 1"),
@@ -352,6 +353,21 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 def test_what_cannot_be_allocated_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=f"^{re.escape(f'harm_allocation: {message}')}$"):
         HarmAllocation(**fields)
+
+
+@pytest.mark.parametrize(("samples", "expected"), [(1, 2), (2, 2), (3, 4), (60, 6), (None, 6)])
+def test_cuts_are_decided_from_whole_micro_batches(samples: int | None, expected: int) -> None:
+    seen: list[int] = []
+
+    class Counting(Magnitude):
+        def select(self, evidence: Evidence, keep: int) -> Tensor:
+            seen.append(evidence.count)
+            return super().select(evidence, keep)
+
+    graph = attach(own_graph(decoder()), State(batches=IDS.split(2)))
+    for step in (Counting(), NoRecovery(), HarmAllocation(ratio=0.1, round_to=1, samples=samples)):
+        step(graph)
+    assert set(seen) == {expected * IDS.shape[1]}
 
 
 MISSING: list[tuple[list[Pass], dict[str, Any], type[Exception], str]] = [

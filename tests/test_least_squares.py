@@ -50,7 +50,7 @@ def with_twin(site: RawSite, seed: int = 0, *, stream: bool = True, parts: int =
 
 def targets_of(site: RawSite, twin: Twin, target: str) -> Tensor:
     """(tokens, out) by definition, without bias."""
-    if target == "local":
+    if target == "local" or (target == "stream" and twin.stream is None):
         return site.x @ site.weight.T
     y = twin.inputs[0] @ site.weight.T
     if target == "stream" and twin.stream is not None:
@@ -108,6 +108,36 @@ def test_with_a_prior_it_is_a_ridge_towards_the_regression(
     expected_weight, expected_bias = ridge(site, channels, targets_of(site, twin, target), prior)
     close(weight, expected_weight, 1e-7)
     close(bias, expected_bias, 1e-7)
+
+
+@fast
+@given(case=cases(40, 80), target=st.sampled_from(["dense", "stream"]), correction=st.sampled_from([0.5, 30.0, 4096.0]))
+def test_a_correction_is_a_ridge_towards_the_local_fit(
+    case: tuple[RawSite, Tensor], target: str, correction: float
+) -> None:
+    site, channels = case
+    evidence, twin = with_twin(site)
+    weight, bias = recover.least_squares(evidence, channels, target=target, prior=30.0, correction=correction)
+    start, _ = ridge(site, channels, targets_of(site, twin, "local"), 30.0)
+    x, t = site.x[:, channels], targets_of(site, twin, target)
+    strength = (correction * x.var(0, correction=0).mean()).sqrt()
+    rows = torch.cat([x - x.mean(0), strength * torch.eye(len(channels), dtype=torch.float64)])
+    expected = torch.linalg.lstsq(rows, torch.cat([t - t.mean(0), strength * start.T])).solution.T
+    close(weight, expected, 1e-7)
+    close(bias, t.mean(0) - expected @ x.mean(0) + bias_of(site), 1e-7)
+
+
+def test_an_infinite_correction_leaves_the_local_weight_and_a_correction_of_nothing_the_target() -> None:
+    site, channels = random_site(3), torch.tensor([0, 2, 5, 7])
+    evidence, twin = with_twin(site)
+    local, _ = recover.least_squares(evidence, channels, prior=5.0)
+    weight, bias = recover.least_squares(evidence, channels, target="stream", prior=5.0, correction=math.inf)
+    close(weight, local)
+    fitted = site.x[:, channels] @ weight.T + bias
+    close(fitted.mean(0), targets_of(site, twin, "stream").mean(0) + bias_of(site))
+    without = recover.least_squares(evidence, channels, target="stream", prior=5.0, correction=0.0)
+    for a, b in zip(without, recover.least_squares(evidence, channels, target="stream", prior=0.0), strict=True):
+        close(a, b, 1e-6)
 
 
 @fast
@@ -402,6 +432,14 @@ def test_it_comes_closer_to_the_dense_model_than_the_regression() -> None:
         ({"target": "x"}, "least_squares: target is 'x'; expected one of local, dense, stream"),
         ({"prior": -1}, "least_squares: prior is -1; expected a number of tokens, at least 0"),
         ({"prior": math.nan}, "least_squares: prior is nan; expected a number of tokens, at least 0"),
+        (
+            {"target": "dense", "correction": -1},
+            "least_squares: correction is -1; expected a number of tokens, at least 0",
+        ),
+        (
+            {"correction": 5.0},
+            "least_squares: correction is 5.0 with the target local; expected null, or dense or stream",
+        ),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -410,7 +448,7 @@ def test_what_cannot_be_fitted_is_refused(fields: dict[str, Any], message: str) 
 
 
 def test_only_the_local_target_does_without_the_dense_model() -> None:
-    assert [LeastSquares(target=t).needs_twin() for t in TARGETS] == [False, True, True]
+    assert [LeastSquares(target=t).needs_twin() for t in TARGETS] == [None, "dense", "stream"]
 
 
 # -- a prior from held-out samples ------------------------------------------------------------------------------------
@@ -444,3 +482,28 @@ def test_one_sample_cannot_be_held_out() -> None:
     evidence = dataclasses.replace(site.evidence(), inputs=[site.x[None]])
     with pytest.raises(CalibrationError, match="a micro-batch of 1 samples cannot be split in 2"):
         recover.held_out_prior(evidence, torch.arange(3))
+
+
+def test_without_a_stream_the_correction_is_none() -> None:
+    site, channels = random_site(3), torch.tensor([0, 2, 5, 7])
+    evidence, _ = with_twin(site, stream=False)
+    found = recover.least_squares(evidence, channels, target="stream", prior=5.0, correction=7.0)
+    for a, b in zip(found, recover.least_squares(site.evidence(), channels, prior=5.0), strict=True):
+        close(a, b)
+
+
+def test_a_model_whose_outputs_go_through_a_norm_first_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma's blocks: the stream's target is the local one everywhere, and the dense model need not run beside."""
+    model = make("gemma3", num_hidden_layers=2)
+    beside: list[bool] = []
+    monkeypatch.setattr(
+        "slimgraph.passes.pruning.sweep", lambda *a, twin, **k: beside.append(twin) or sweep(*a, twin=twin, **k)
+    )
+    pruned = []
+    for fit in (LeastSquares(), LeastSquares("stream", correction=7.0), LeastSquares("dense", correction=7.0)):
+        recipe = Recipe((Magnitude(), fit, UniformAllocation(ratio=0.1, round_to=1), Sweep()))
+        pruned.append(slimgraph.prune(model, IDS, recipe=recipe).model)
+    assert beside == [False, False, True]
+    local, stream, dense = (m(IDS).logits for m in pruned)
+    close(local, stream)
+    assert not torch.allclose(local, dense)

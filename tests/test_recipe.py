@@ -47,8 +47,16 @@ CHANGED: dict[str, dict[str, Any]] = {
     "fluctuation_allocation": ALLOCATION,
     "elimination": {"prior": 7.0, "rounds": 3},
     "feature_space": {"directions": False, "activations": False, "sources": False, "keep_lowest": 0.01},
-    "harm_allocation": {**ALLOCATION, "widths": (0.5,), "tokens": 64, "power": 1.0, "dtype": None, "of": "macs"},
-    "least_squares": {"target": "dense", "prior": 7.0},
+    "harm_allocation": {
+        **ALLOCATION,
+        "widths": (0.5,),
+        "tokens": 64,
+        "samples": 3,
+        "power": 1.0,
+        "dtype": None,
+        "of": "macs",
+    },
+    "least_squares": {"target": "dense", "prior": 7.0, "correction": 9.0},
     "magnitude": {},
     "no_recovery": {},
     "pearson": {"search": False},
@@ -123,8 +131,9 @@ def test_methods_are_these_recipes() -> None:
     cosine, uniform = CosineAllocation(ratio=0.2, **OPTIONS), UniformAllocation(ratio=0.2, **OPTIONS)
     inner = UniformAllocation(ratio=0.2, spare_first=0.125, spare_last=0.0625, **OPTIONS)
     harm = HarmAllocation(ratio=0.2, **OPTIONS)
+    fit = LeastSquares("stream", correction=8192.0)
     expected = {
-        "slimgraph": (SelfCalibration(seed=5), Pearson(), FeatureSpace(), LeastSquares(), harm, Sweep(), Verify()),
+        "slimgraph": (SelfCalibration(seed=5), Pearson(), FeatureSpace(), fit, harm, Sweep(), Verify()),
         "slimllm": (Pearson(), FeatureSpace(), Regression(), cosine, Sweep(), Verify()),
         "magnitude": (Magnitude(), NoRecovery(), uniform, Sweep(), Verify()),
         "wanda": (WandaSp(), NoRecovery(), uniform, Sweep(), Verify()),
