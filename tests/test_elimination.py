@@ -16,7 +16,7 @@ from reference import RawSite, random_site, sites
 from torch import Tensor
 
 import slimgraph
-from slimgraph.eliminate import Left, eliminate, removal_costs
+from slimgraph.eliminate import Left, eliminate, removal_costs, swap
 from slimgraph.errors import CalibrationError, NumericsError, PlanError, RecipeError
 from slimgraph.passes import Elimination, LeastSquares, Sweep, UniformAllocation
 from slimgraph.recipe import Recipe
@@ -77,6 +77,65 @@ def test_what_is_left_is_the_best_fit(site: RawSite, prior: float, data: st.Data
     x = site.x[:, channels] - site.x.mean(0)[channels]
     system = x.T @ x + left.shift * torch.eye(len(channels), dtype=torch.float64)
     close(left.inverse @ system, torch.eye(len(channels), dtype=torch.float64))
+
+
+@fast
+@given(site=sites(30, 2), prior=st.sampled_from(PRIORS), data=st.data())
+def test_what_comes_back_is_as_if_it_had_never_gone(site: RawSite, prior: float, data: st.DataObject) -> None:
+    left = Left(site.evidence(), prior)
+    gone = data.draw(st.lists(st.sampled_from(site.all_units), unique=True, min_size=1, max_size=len(site.blocks) - 1))
+    left.remove(torch.tensor(gone))
+    before = loss(site, left.units.tolist(), prior)
+    gains = left.gains()
+    for unit in site.all_units:
+        after = loss(site, sorted([*left.units.tolist(), unit]), prior)
+        assert float(gains[unit]) == (pytest.approx(before - after, rel=1e-6, abs=1e-6) if unit in gone else -math.inf)
+    left.add(torch.tensor(gone))
+    again = Left(site.evidence(), prior)
+    assert left.channels.equal(again.channels)
+    close(left.weight, again.weight)
+    close(left.inverse, again.inverse)
+
+
+# -- swaps ------------------------------------------------------------------------------------------------------------
+
+
+@fast
+@given(site=sites(30, 2), prior=st.sampled_from(PRIORS), data=st.data())
+def test_a_swap_is_made_where_the_exactly_solved_loss_is_smaller(
+    site: RawSite, prior: float, data: st.DataObject
+) -> None:
+    block = int(site.blocks.max()) + 1
+    keep = data.draw(st.integers(1, len(site.blocks) // block))
+    start = [u for b in range(block) for u in (site.blocks == b).nonzero().flatten().tolist()[:keep]]
+    left = Left(site.evidence(), prior)
+    gone = [u for u in site.all_units if u not in start]
+    if gone:
+        left.remove(torch.tensor(gone))
+    gains = left.gains()
+    made = swap(left, site.blocks, 1)
+    if not gone:
+        assert made == 0
+        return
+    back = max(gone, key=lambda u: float(gains[u]))
+    rivals = [u for u in start if site.blocks[u] == site.blocks[back]]
+    losses = {tuple(sorted({*start, back} - {u})): u for u in [back, *rivals]}
+    found = {units: loss(site, list(units), prior) for units in losses}
+    assert found[tuple(left.units.tolist())] == pytest.approx(min(found.values()), rel=1e-6, abs=1e-6)
+    assert made == (left.units.tolist() != start)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_swaps_make_the_loss_smaller_and_never_larger(width: int) -> None:
+    changed = 0
+    for seed in range(12):
+        site = random_site(seed, blocks=2, block_size=6, width=width, tokens=40)
+        kept = {n: eliminate(site.evidence(), 3, prior=0.5, rounds=1, swaps=n).tolist() for n in (0, 50)}
+        before, after = (loss(site, units, 0.5) for units in kept.values())
+        assert after <= before * (1 + 1e-9)
+        assert torch.bincount(site.blocks[kept[50]]).tolist() == [3, 3]
+        changed += after < before * (1 - 1e-6)
+    assert changed
 
 
 # -- the choice -------------------------------------------------------------------------------------------------------
@@ -196,6 +255,7 @@ def test_tokens_are_needed() -> None:
         ({"prior": -1.0}, "elimination: prior is -1.0; expected a number of tokens, at least 0"),
         ({"prior": math.nan}, "elimination: prior is nan; expected a number of tokens, at least 0"),
         ({"rounds": 0}, "elimination: rounds is 0; expected at least 1"),
+        ({"swaps": -1}, "elimination: swaps is -1; expected at least 0"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(fields: dict[str, Any], message: str) -> None:
