@@ -61,7 +61,8 @@ class Left:
     def units(self) -> Tensor:
         """(n,) int64 ascending: units that are left."""
         own = self._units[self.channels]
-        return torch.unique(own[own >= 0])
+        found: Tensor = torch.unique(own[own >= 0])
+        return found
 
     @property
     def single(self) -> bool:
