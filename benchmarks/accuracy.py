@@ -54,7 +54,7 @@ def by_harm(recovery: Pass, written: int = 0, **fields: Any) -> Maker:
 
     def make(ratio: float, *_: Any) -> Recipe:
         more = (SelfCalibration(written),) if written else ()
-        allocation = HarmAllocation(ratio=ratio, samples=None, **fields)
+        allocation = HarmAllocation(ratio=ratio, samples=None, spare_last=0.0, **fields)
         return Recipe((*more, Pearson(), FeatureSpace(), recovery, allocation, Sweep(), Verify()))
 
     return make

@@ -44,6 +44,8 @@ class HarmAllocation(_Allocation):
             are left to the sweep. None takes all.
         power: harm is a power mean over their positions: 1 for the mean, 2 for the root mean square, which spares what
             few positions need much.
+        spare_last: share of the layers that stay whole at the end, rounded. What the last layer's heads copy from
+            earlier in a text shows in few texts, and no later layer makes up for it.
         of: what `ratio` is a share of: the "parameters" of the whole model; or, for one prompt as long as the
             calibration samples, "macs", the multiply-accumulates, output projection included; "cache", the keys and
             values that it leaves in a cache, of which only whole kv groups free any (`heads: kv`); or "latency", the
@@ -52,10 +54,11 @@ class HarmAllocation(_Allocation):
     """
 
     widths: tuple[float, ...] = (0.15, 0.4, 0.7)
-    tokens: int = 2048
+    tokens: int = 1024
     samples: int | None = 64
     power: float = 1.5
     dtype: str | None = "bfloat16"
+    spare_last: float = 0.04
     of: str = "parameters"
 
     def __post_init__(self) -> None:
@@ -70,16 +73,19 @@ class HarmAllocation(_Allocation):
             raise RecipeError(f"{self.name}: tokens is {self.tokens}; expected at least 1")
         if self.samples is not None and self.samples < 1:
             raise RecipeError(f"{self.name}: samples is {self.samples}; expected at least 1, or null")
+        if not 0 <= self.spare_last < 1:
+            raise RecipeError(f"{self.name}: spare_last is {self.spare_last}; expected a share of the layers, below 1")
         if not self.power >= 1:
             raise RecipeError(f"{self.name}: power is {self.power}; expected at least 1")
         if self.dtype not in ("bfloat16", None):
             raise RecipeError(f"{self.name}: dtype is {self.dtype!r}; expected bfloat16 or null")
 
     def weights(self, structure: Structure, state: State) -> Mapping[int, float]:
-        return dict.fromkeys(_cut_layers(structure, state), 1.0)
+        layers = _cut_layers(structure, state)
+        return dict.fromkeys(layers[: len(layers) - round(self.spare_last * len(layers))], 1.0)
 
     def budget(self, goal: Goal, structure: Structure, state: State) -> Budget:
-        library = self._library(structure, state)
+        library = self._library(goal, structure, state)
         curves = {}
         for u in goal.sites:
             least = min(library[u.site.name], default=u.block_size)  # a single unit has to stay
@@ -117,7 +123,7 @@ class HarmAllocation(_Allocation):
         total, count = state.combine(torch.tensor([value, 1.0], dtype=torch.float64))
         return float(total / count)
 
-    def _library(self, structure: Structure, state: State) -> harm.Library:
+    def _library(self, goal: Goal, structure: Structure, state: State) -> harm.Library:
         fit = state.fit
         if not state.batches:
             raise CalibrationError("harm_allocation needs calibration tokens; found none in the state")
@@ -141,7 +147,7 @@ class HarmAllocation(_Allocation):
                 structure,
                 self._first(state.batches),
                 state.units,
-                {u.site.name: self._widths(u) for u in state.units},
+                {u.site.name: self._widths(u) if u.site.layer in goal.weights else [] for u in state.units},
                 decide,
                 tokens=self.tokens,
                 power=self.power,

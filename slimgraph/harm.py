@@ -55,7 +55,7 @@ def measure(
     widths: Mapping[str, Sequence[int]],
     decide: Callable[[Units, Evidence, int], Decision],
     *,
-    tokens: int = 2048,
+    tokens: int = 1024,
     power: float = 1.5,
     dtype: torch.dtype | None = None,
     combine: Combine = alone,

@@ -22,7 +22,7 @@ from slimgraph.errors import CalibrationError, PlanError, RecipeError
 from slimgraph.evidence import Evidence
 from slimgraph.passes import FeatureSpace, HarmAllocation, LeastSquares, Magnitude, NoRecovery, Pass, Pearson
 from slimgraph.recipe import Recipe, method
-from slimgraph.state import State, attach
+from slimgraph.state import KEY, State, attach, structure_of
 from slimgraph.surgery import Refit
 from slimgraph.sweep import Decision
 from slimgraph.trace import tensor_at
@@ -343,6 +343,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({}, "give either ratio or unit_ratio; found None and None"),
     ({"ratio": 0.2, "tokens": 0}, "tokens is 0; expected at least 1"),
     ({"ratio": 0.2, "samples": 0}, "samples is 0; expected at least 1, or null"),
+    ({"ratio": 0.2, "spare_last": 1.0}, "spare_last is 1.0; expected a share of the layers, below 1"),
     ({"ratio": 0.2, "power": 0.5}, "power is 0.5; expected at least 1"),
     ({"ratio": 0.2, "dtype": "int8"}, "dtype is 'int8'; expected bfloat16 or null"),
     ({"ratio": 0.2, "round_to": 0}, "round_to is 0; expected at least 1"),
@@ -353,6 +354,19 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 def test_what_cannot_be_allocated_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=f"^{re.escape(f'harm_allocation: {message}')}$"):
         HarmAllocation(**fields)
+
+
+@pytest.mark.parametrize(("share", "whole"), [(0.0, 0), (0.12, 0), (0.13, 1), (0.25, 1), (0.5, 2)])
+def test_the_last_layers_stay_whole(share: float, whole: int) -> None:
+    graph = attach(own_graph(decoder(num_hidden_layers=4)), State(batches=IDS.split(3)))
+    allocation = HarmAllocation(ratio=0.1, round_to=1, spare_last=share)
+    for step in (Magnitude(), NoRecovery(), allocation):
+        step(graph)
+    state = graph.meta[KEY]
+    assert allocation.weights(structure_of(graph), state).keys() == set(range(4 - whole))
+    cut = {u.site.layer for u in state.units if state.budget.keep[u.site.name] < u.block_size}
+    assert cut
+    assert max(cut) < 4 - whole
 
 
 @pytest.mark.parametrize(("samples", "expected"), [(1, 2), (2, 2), (3, 4), (60, 6), (None, 6)])
