@@ -29,7 +29,7 @@ from slimgraph.pretrained import load_model, load_tokenizer
 from slimgraph.progress import SILENT, Progress
 from slimgraph.recipe import Recipe
 from slimgraph.tasks import TaskScores, evaluate_tasks, load_tasks
-from slimgraph.text import calibration_tokens, demo_texts, read_text
+from slimgraph.text import mixed_tokens, read_text
 
 __all__ = ["RunFile", "RunReport", "run"]
 
@@ -48,18 +48,24 @@ class CalibrationSection(_Section):
     """What the statistics are taken on.
 
     Attributes:
-        text: text file or data set, see `slimgraph.text.read_text`; prose of the Python language reference by default.
+        text: text file or data set, see `slimgraph.text.read_text`, or a list of them, of which as many windows are
+            drawn each; prose of the Python language reference by default.
         samples: windows drawn.
         seq_len: tokens of each.
         seed: of the draw.
         bos: start-of-text token on every window, see `slimgraph.text.start_tokens`.
     """
 
-    text: str | None = None
+    text: str | list[str] | None = None
     samples: int = Field(default=32, ge=1)
     seq_len: int = Field(default=128, ge=2)
     seed: int = 0
     bos: _Bos = "auto"
+
+    @property
+    def sources(self) -> list[str]:
+        """Where texts lie; nowhere by default."""
+        return [self.text] if isinstance(self.text, str) else self.text or []
 
 
 class FinetuneSection(_Section):
@@ -282,7 +288,7 @@ def _settings(section: FinetuneSection) -> FinetuneSettings:
 def _check_inputs(plan: RunFile) -> None:
     """Texts and tasks are looked at before the work, so that it is not lost to a wrong name."""
     sections = [s for s in (plan.evaluate, plan.compare) if s is not None]
-    texts = [plan.calibration.text] if plan.calibration.text is not None else []
+    texts = plan.calibration.sources
     for text in dict.fromkeys([*texts, *(t for s in sections for t in s.texts)]):
         read_text(text, limit=_GLANCE)
     for section in sections:
@@ -333,13 +339,13 @@ def _prune(plan: RunFile, report: RunReport, load: Callable[..., Any], tokenizer
     if _finished(report, "pruned"):
         return
     wanted = plan.calibration
-    text: Any = [demo_texts()[0]] if wanted.text is None else wanted.text
-    ids = calibration_tokens(
-        text, tokenizer, samples=wanted.samples, seq_len=wanted.seq_len, seed=wanted.seed, bos=wanted.bos
+    ids = mixed_tokens(
+        wanted.sources, tokenizer, samples=wanted.samples, seq_len=wanted.seq_len, seed=wanted.seed, bos=wanted.bos
     )
     with progress(f"load {plan.model}"):
         dense = load(plan.model)
-    notes = {"model": plan.model, "calibration": wanted.text or "prose of the Python language reference"}
+    drawn_from = wanted.sources or ["prose of the Python language reference"]
+    notes = {"model": plan.model, "calibration": ", ".join(drawn_from)}
     result = prune(dense, ids, recipe=plan.passes, seed=wanted.seed, notes=notes, progress=progress)
     if result.model is None:
         raise ModelError(f"{result.module_failure}; nothing was written")

@@ -24,6 +24,7 @@ __all__ = [
     "calibration_tokens",
     "demo_texts",
     "is_source",
+    "mixed_tokens",
     "read_text",
     "read_tokens",
     "start_tokens",
@@ -179,6 +180,46 @@ def calibration_tokens(
     else:
         tokens = tokenize(text if isinstance(text, str) else list(text), tokenizer, special=not start)
     return calibration_batch(tokens, samples=samples, seq_len=seq_len, seed=seed, start=start)
+
+
+def mixed_tokens(
+    sources: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    samples: int = 32,
+    seq_len: int = 128,
+    seed: int = 0,
+    bos: str = "auto",
+) -> Tensor:
+    """Calibration windows from where texts lie, as many of each text as of any other, in random order.
+
+    Args:
+        sources: paths of text files or names of data sets, see `read_text`; without any, the prose of the Python
+            language reference.
+        tokenizer: of the model.
+        samples: number of windows of all texts together; where they cannot be shared evenly, the first have one more.
+        seq_len: tokens per window, start-of-text tokens counted.
+        seed: of the draw and of the order.
+        bos: whether every window begins with a start-of-text token, see `start_tokens`.
+
+    Returns:
+        (samples, seq_len) int64.
+
+    Raises:
+        CalibrationError: a text is missing, empty or too short, or there are more texts than windows.
+    """
+    if len(sources) > samples:
+        raise CalibrationError(f"{samples} calibration windows cannot be drawn from {len(sources)} texts; draw more")
+    # A path where it has spaces: nobody gives the text itself here.
+    places: list[Any] = [Path(s) if any(map(str.isspace, s)) else s for s in sources] or [[demo_texts()[0]]]
+    each, more = divmod(samples, len(places))
+    parts = [
+        calibration_tokens(place, tokenizer, samples=each + (i < more), seq_len=seq_len, seed=seed, bos=bos)
+        for i, place in enumerate(places)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts)[torch.randperm(samples, generator=torch.Generator().manual_seed(seed))]
 
 
 def is_source(text: str) -> bool:

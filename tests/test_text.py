@@ -191,6 +191,27 @@ def test_windows_begin_with_the_start() -> None:
         text.windows(torch.arange(10), 1, start=[99])
 
 
+def test_texts_are_mixed_evenly_and_a_single_one_is_drawn_as_ever(tmp_path: Path) -> None:
+    letters: Any = Marks([], [], None)
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "in three words.txt"]
+    for path, letter in zip(paths, "abc", strict=True):
+        path.write_text(letter * 300, encoding="utf-8")
+    places = [str(p) for p in paths]
+    drawn = text.mixed_tokens(places, letters, samples=8, seq_len=16, seed=3)
+    assert drawn.shape == (8, 16)
+    assert (drawn == drawn[:, :1]).all()
+    counts = torch.bincount(drawn[:, 0] - 10 - ord("a")).tolist()
+    assert counts == [3, 3, 2]
+    assert drawn[:, 0].tolist() != sorted(drawn[:, 0].tolist())
+    assert drawn.equal(text.mixed_tokens(places, letters, samples=8, seq_len=16, seed=3))
+    paths[0].write_text("".join(map(chr, range(200, 500))), encoding="utf-8")
+    alone = text.mixed_tokens(places[:1], letters, samples=4, seq_len=16, seed=3)
+    assert alone.equal(text.calibration_tokens(paths[0], letters, samples=4, seq_len=16, seed=3))
+    message = "2 calibration windows cannot be drawn from 3 texts; draw more"
+    with pytest.raises(CalibrationError, match=f"^{message}$"):
+        text.mixed_tokens(places, letters, samples=2, seq_len=16)
+
+
 def test_calibration_windows_begin_as_the_tokenizer_begins_a_text() -> None:
     drawn = text.calibration_tokens(["abc" * 20], Marks([2], [], 2), samples=3, seq_len=8)  # type: ignore[arg-type]
     assert drawn.shape == (3, 8)

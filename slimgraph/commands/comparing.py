@@ -31,7 +31,7 @@ from slimgraph.errors import ModelError, PlanError
 from slimgraph.plots import check_plot, plot
 from slimgraph.pretrained import load_tokenizer
 from slimgraph.progress import Progress
-from slimgraph.text import calibration_batch, calibration_tokens, demo_texts, tokenize
+from slimgraph.text import mixed_tokens
 
 __all__ = ["compare_command"]
 
@@ -54,7 +54,8 @@ def compare_command(
         str | None, typer.Option("--sweep", metavar="RATIOS", help="Also the first model pruned by 0.1,0.2,...")
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="For --sweep, as in prune.  [default: prose of the Python language reference]")
+        list[str] | None,
+        typer.Option(help="For --sweep, as in prune.  [default: prose of the Python language reference]"),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows, for --sweep.")] = 32,
     method: Annotated[str, typer.Option(help="For --sweep, as in prune.")] = "slimllm",
@@ -135,18 +136,12 @@ def _contender(name: str, device: torch.device, dtype: torch.dtype, trust_remote
 def _pruned(
     dense: Contender,
     ratios: list[float],
-    calibration: str | None,
+    calibration: list[str] | None,
     samples: int,
     seq_len: int,
     seed: int,
     method: str,
     progress: Progress,
 ) -> list[Contender]:
-    ids: Any
-    if calibration is None:
-        drawn_from = tokenize(demo_texts()[0], dense.tokenizer)
-        ids = calibration_batch(drawn_from, samples=samples, seq_len=seq_len, seed=seed)
-    else:
-        place = Path(calibration) if any(map(str.isspace, calibration)) else calibration
-        ids = calibration_tokens(place, dense.tokenizer, samples=samples, seq_len=seq_len, seed=seed)
+    ids = mixed_tokens(calibration or [], dense.tokenizer, samples=samples, seq_len=seq_len, seed=seed)
     return sweep(dense.name, dense.load(), ratios, ids, tokenizer=dense.tokenizer, method=method, progress=progress)

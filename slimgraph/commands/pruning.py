@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -30,7 +30,7 @@ from slimgraph.pretrained import load_model, load_tokenizer
 from slimgraph.progress import SILENT, Stopwatch
 from slimgraph.recipe import METHODS, Recipe, method
 from slimgraph.streaming import prune_checkpoint
-from slimgraph.text import calibration_tokens, demo_texts
+from slimgraph.text import mixed_tokens
 from slimgraph.units import HEAD_MODES
 
 __all__ = ["prune_command"]
@@ -47,8 +47,11 @@ def prune_command(
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML list of passes, instead of a method and a ratio.")] = None,
     calibration: Annotated[
-        str | None,
-        typer.Option(help=f"Text file, or name[:config][@split] of a data set.  [default: {_DEFAULT_TEXT}]"),
+        list[str] | None,
+        typer.Option(
+            help="Text file, or name[:config][@split] of a data set; several times for as many windows of each.  "
+            f"[default: {_DEFAULT_TEXT}]"
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of each window.")] = 128,
@@ -82,7 +85,7 @@ def prune_command(
     notes = {
         "model": model,
         "method": method_name or "slimllm" if recipe is None else f"recipe {recipe.name}",
-        "calibration": calibration or _DEFAULT_TEXT,
+        "calibration": ", ".join(calibration or [_DEFAULT_TEXT]),
     }
     with distributed.joined(device_named(device)) as where:
         if not distributed.is_first():
@@ -91,7 +94,7 @@ def prune_command(
             checkpoint.check_target(out, force=force)
         with watch("load"), progress("read the calibration text"):
             tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-            ids = _calibration_ids(calibration, tokenizer, samples, seq_len, seed)
+            ids = mixed_tokens(calibration or [], tokenizer, samples=samples, seq_len=seq_len, seed=seed)
         if _streams(stream, resume, model, precision):
             if verify:
                 raise ModelError(
@@ -189,11 +192,3 @@ def _recipe(
         round_to=round_to or 8,
         seed=seed,
     )
-
-
-def _calibration_ids(source: str | None, tokenizer: Any, samples: int, seq_len: int, seed: int) -> torch.Tensor:
-    if source is not None:
-        # A path here, whatever it looks like: on a command line nobody gives the text itself.
-        place: str | Path = Path(source) if any(map(str.isspace, source)) else source
-        return calibration_tokens(place, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
-    return calibration_tokens([demo_texts()[0]], tokenizer, samples=samples, seq_len=seq_len, seed=seed)
