@@ -19,7 +19,7 @@ from slimgraph.bench import Settings
 from slimgraph.errors import CalibrationError, CheckpointError, RecipeError
 from slimgraph.finetune import FinetuneSettings
 from slimgraph.pretrained import load_model
-from slimgraph.run import RunFile, RunReport, run
+from slimgraph.run import CalibrationSection, RunFile, RunReport, run
 
 PASSES = [
     {"pearson": {}},
@@ -227,3 +227,8 @@ def test_the_examples_are_run_files(file: Path) -> None:
 
 def test_there_are_examples() -> None:
     assert len(EXAMPLES) >= 6
+
+
+@pytest.mark.parametrize(("text", "sources"), [(None, []), ("a.txt", ["a.txt"]), (["a.txt", "b"], ["a.txt", "b"])])
+def test_calibration_texts_are_none_one_or_several(text: Any, sources: list[str]) -> None:
+    assert CalibrationSection.model_validate({"text": text}).sources == sources
