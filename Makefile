@@ -2,7 +2,7 @@
 #
 #   make demo     prune a small model end to end
 #   make test     what CI runs: lint, types and the quick tests
-#   make slow     the long suites
+#   make slow     the long suites, and a search for new examples of properties
 #   make lint     check style and types          make format   put the code in its form
 #   make clean    remove what was built and .venv
 
@@ -29,6 +29,7 @@ test: lint
 
 slow: $(READY)
 	$(BIN)/pytest -n 2 -m slow
+	$(BIN)/pytest -n 2 -m hypothesis --hypothesis-profile default
 
 lint: $(READY)
 	$(BIN)/ruff check .

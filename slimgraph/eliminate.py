@@ -228,7 +228,7 @@ def swap(left: Left, blocks: Tensor, most: int) -> int:
         left.add(unit[None])
         costs = left.costs().masked_fill(blocks != blocks[unit], math.inf)
         worst = costs.argmin()
-        worth = bool(costs[worst] < costs[unit] * (1 - _SWAP_GAIN))
+        worth = bool(costs[worst] < costs[unit] - _SWAP_GAIN * costs[unit].abs())  # what comes back may cost nothing
         left.remove((worst if worth else unit)[None])
         swapped += worth
     return swapped

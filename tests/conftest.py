@@ -11,10 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 logging.disable_progress_bar()  # what a test saves must not show in what a command writes
+
+# The same examples in every run; `--hypothesis-profile default` looks for new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 VOCABULARY = 64
 WORDS = ["the", "a", "cat", "dog", "tree", "house", "sits", "runs", "sees", "under", "old", "new", "and", "is"]

@@ -107,7 +107,7 @@ def test_a_swap_is_made_where_the_exactly_solved_loss_is_smaller(
 ) -> None:
     block = int(site.blocks.max()) + 1
     keep = data.draw(st.integers(1, len(site.blocks) // block))
-    start = [u for b in range(block) for u in (site.blocks == b).nonzero().flatten().tolist()[:keep]]
+    start = sorted(u for b in range(block) for u in (site.blocks == b).nonzero().flatten().tolist()[:keep])
     left = Left(site.evidence(), prior)
     gone = [u for u in site.all_units if u not in start]
     if gone:
