@@ -6,6 +6,8 @@ serves texts that look nothing like the text at hand, and no further text has to
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from slimgraph.trace import evaluating
 __all__ = ["can_generate", "generate"]
 
 _TOGETHER = 64  # samples that are written at once
+_BLOCK = 256  # tokens whose probabilities are added up first
 
 
 def can_generate(model: nn.Module) -> bool:
@@ -45,8 +48,8 @@ def generate(
         like: (n, tokens) int64, given samples.
         samples: how many to write.
         temperature: above 0; 1 is the model's own distribution.
-        dtype: in which it runs, under autocast; its own by default.
-        seed: of the sampling; the global random state stays as it is.
+        dtype: in which it runs, as a copy whose parameters are in it; its own by default.
+        seed: of the sampling; the global random state is neither used nor changed.
         progress: shows how far it got.
 
     Returns:
@@ -63,26 +66,23 @@ def generate(
         )
     device = next(model.parameters()).device
     length = like.shape[1]
-    on_gpu = [device] if device.type == "cuda" else []
-    lower = torch.autocast(device.type, dtype, enabled=dtype is not None)
-    with torch.random.fork_rng(on_gpu), evaluating(model), lower:
-        torch.manual_seed(seed)
-        first, ahead = _beginnings(model, like, samples)
+    dice = torch.Generator(device).manual_seed(seed)
+    with evaluating(model):
+        first, ahead = _beginnings(model, like, samples, dice)
         pieces = torch.split(first.to(device), _TOGETHER)
+        writer = model if dtype is None else _copied(model, dtype)
         with (progress or SILENT)("writing samples", total=len(pieces) * length) as tick:
-            try:
-                written = [_write(model, piece, length + ahead, temperature, tick) for piece in pieces]
-            except RuntimeError as error:
-                if "probability tensor" not in str(error):
-                    raise
-                raise NumericsError(
-                    f"{type(model).__name__} cannot write text, its probabilities are not finite: {error}; check its "
-                    "weights, or run it in bfloat16 or float32"
-                ) from error
+            written = [_write(writer, piece, length + ahead, temperature, dice, tick) for piece in pieces]
     return torch.cat(written)[:, ahead:].to(like.device)
 
 
-def _beginnings(model: Any, like: Tensor, samples: int) -> tuple[Tensor, int]:
+def _copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with its parameters in another dtype, as if it had been loaded so: buffers keep theirs."""
+    parameters = {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, dict(parameters))
+
+
+def _beginnings(model: Any, like: Tensor, samples: int, dice: torch.Generator) -> tuple[Tensor, int]:
     """First token of each sample (samples, 1), and how many of the written tokens are dropped again."""
     start = getattr(model.generation_config, "bos_token_id", None)
     # Of a single sample only the start token itself says that it was put there.
@@ -90,32 +90,61 @@ def _beginnings(model: Any, like: Tensor, samples: int) -> tuple[Tensor, int]:
         return like[:1, :1].expand(samples, 1), 0
     if isinstance(start, int) and start < len(model.get_input_embeddings().weight):
         return torch.full((samples, 1), start), 1
-    return like.flatten()[torch.randint(like.numel(), (samples, 1))], 0
+    drawn = torch.randint(like.numel(), (samples, 1), generator=dice, device=dice.device)
+    return like.flatten()[drawn.to(like.device)], 0
 
 
-def _write(model: Any, first: Tensor, length: int, temperature: float, tick: Any) -> Tensor:
-    from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+def _write(model: Any, first: Tensor, length: int, temperature: float, dice: torch.Generator, tick: Any) -> Tensor:
+    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-    class Ticking(StoppingCriteria):  # type: ignore[misc]
-        def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+    class Draw(LogitsProcessor):  # type: ignore[misc]
+        """Leaves one token: `transformers`' own sampling takes longer than all else in a small model."""
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
             tick()
-            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            return _draw(scores.float().div_(temperature), ends, dice)
 
     end = model.generation_config.eos_token_id
+    ends = [] if end is None else [end] if isinstance(end, int) else list(end)
     settings = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=length - 1,
-        min_new_tokens=length - 1,
-        eos_token_id=end,
-        pad_token_id=end[0] if isinstance(end, list) else end,
+        do_sample=False, max_new_tokens=length - 1, eos_token_id=end, pad_token_id=ends[0] if ends else None
     )
-    written: Tensor = model.generate(
-        first,
-        attention_mask=torch.ones_like(first),
-        generation_config=settings,
-        stopping_criteria=StoppingCriteriaList([Ticking()]),
-    )
+    try:
+        written: Tensor = model.generate(
+            first,
+            attention_mask=torch.ones_like(first),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([Draw()]),
+        )
+    except NumericsError as error:
+        raise NumericsError(f"{type(model).__name__} cannot write text: {error}") from error
     return written
+
+
+def _draw(logits: Tensor, never: Sequence[int], dice: torch.Generator) -> Tensor:
+    """The logits, infinite for one token per row that is drawn from their softmax. They are changed in place.
+
+    A token is where a random share of the total is reached: first the block of tokens, then the token in it. Shares
+    reached are float64, so that the last of many tokens has its own.
+
+    Args:
+        logits: (samples, vocabulary) float32.
+        never: tokens that are not drawn; some configurations name an end that is not in the vocabulary.
+        dice: on the device of the logits.
+
+    Raises:
+        NumericsError: the probabilities are not finite.
+    """
+    logits[:, [token for token in never if token < logits.shape[1]]] = -torch.inf
+    probabilities = torch.nn.functional.pad(logits.softmax(-1), (0, -logits.shape[1] % _BLOCK))
+    blocks = probabilities.reshape(len(logits), -1, _BLOCK)
+    reached = blocks.sum(-1).double().cumsum(-1)
+    if not torch.isfinite(reached[:, -1]).all():
+        raise NumericsError("its probabilities are not finite; check its weights, or run it in bfloat16 or float32")
+    share = torch.rand(len(logits), 1, generator=dice, device=logits.device, dtype=torch.float64)
+    wanted = share * reached[:, -1:]
+    block = torch.searchsorted(reached, wanted, right=True)
+    inside = blocks.take_along_dim(block[:, :, None], 1)[:, 0].double().cumsum(-1)
+    rest = wanted - (reached.take_along_dim(block, 1) - inside[:, -1:])
+    chosen = block * _BLOCK + torch.searchsorted(inside, rest, right=True)
+    return logits.scatter_(1, chosen, torch.inf)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import slimgraph
 from slimgraph import distributed
 from slimgraph.errors import CalibrationError, NumericsError, PlanError, RecipeError
-from slimgraph.generate import can_generate, generate
+from slimgraph.generate import _draw, can_generate, generate
 from slimgraph.passes import Magnitude, SelfCalibration, Sweep, UniformAllocation
 from slimgraph.recipe import Recipe, method
 from slimgraph.state import State, attach, state_of
@@ -53,6 +53,20 @@ def test_samples_follow_the_models_distribution() -> None:
     found = torch.bincount(written[:, 1], minlength=VOCABULARY) / count
     assert float((found - probabilities).abs().sum()) < 0.12
     assert float((found - 1 / VOCABULARY).abs().sum()) > 0.2  # and are not just any
+
+
+def test_a_drawn_token_is_drawn_as_often_as_it_is_likely() -> None:
+    """Over a vocabulary of several blocks, of which the last is not full."""
+    size, count = 700, 200_000
+    wanted = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 2
+    never = [5, 699]
+    dice = torch.Generator().manual_seed(1)
+    rows = [wanted.expand(4000, size).clone() for _ in range(count // 4000)]
+    found = torch.bincount(torch.cat([_draw(r, never, dice).argmax(-1) for r in rows]), minlength=size)
+    wanted[never] = -torch.inf
+    expected = wanted.softmax(-1) * count
+    assert not found[never].any()
+    assert (((found - expected).square() / expected)[expected > 5] < 25).all()  # five deviations
 
 
 def test_a_common_first_token_stays_the_first() -> None:
@@ -121,7 +135,7 @@ def test_a_broken_model_is_refused() -> None:
     model = model_with()
     with torch.no_grad():
         model.lm_head.weight[3] = torch.nan
-    with pytest.raises(NumericsError, match="LlamaForCausalLM cannot write text, its probabilities are not finite"):
+    with pytest.raises(NumericsError, match="LlamaForCausalLM cannot write text: its probabilities are not finite"):
         generate(model, SAME_START, 2)
 
 
