@@ -6,14 +6,16 @@ import dataclasses
 import re
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from slimgraph.errors import RecipeError
 from slimgraph.state import State, state_of
 
-__all__ = ["Pass", "pass_named", "pass_names", "register"]
+__all__ = ["Pass", "check_dtype", "dtype_named", "pass_named", "pass_names", "register"]
 
+_DTYPES = {None: None, "bfloat16": torch.bfloat16}
 _PASSES: dict[str, type[Pass]] = {}
 
 P = TypeVar("P", bound="type[Pass]")
@@ -80,3 +82,18 @@ def pass_named(name: str) -> type[Pass]:
 def pass_names() -> list[str]:
     """Recipe names of all passes."""
     return sorted(_PASSES)
+
+
+def check_dtype(name: str, dtype: str | None) -> None:
+    """Refuse a dtype that a pass could not run the model in.
+
+    Raises:
+        RecipeError: it is neither "bfloat16" nor None.
+    """
+    if dtype not in _DTYPES:
+        raise RecipeError(f"{name}: dtype is {dtype!r}; expected bfloat16 or null")
+
+
+def dtype_named(dtype: str | None) -> torch.dtype | None:
+    """The dtype of that recipe value."""
+    return _DTYPES[dtype]

@@ -9,7 +9,7 @@ from torch import fx
 
 from slimgraph import distributed
 from slimgraph.errors import CalibrationError, PlanError, RecipeError
-from slimgraph.passes.base import Pass, register
+from slimgraph.passes.base import Pass, check_dtype, dtype_named, register
 from slimgraph.state import State
 
 __all__ = ["SelfCalibration"]
@@ -39,8 +39,7 @@ class SelfCalibration(Pass):
             raise RecipeError(f"{self.name}: samples is {self.samples}; expected at least 1")
         if not self.temperature > 0:
             raise RecipeError(f"{self.name}: temperature is {self.temperature}; expected a number above 0")
-        if self.dtype not in ("bfloat16", None):
-            raise RecipeError(f"{self.name}: dtype is {self.dtype!r}; expected bfloat16 or null")
+        check_dtype(self.name, self.dtype)
 
     def run(self, graph_module: fx.GraphModule, state: State) -> None:
         """Write the samples and mix them in."""
@@ -52,7 +51,7 @@ class SelfCalibration(Pass):
                 "a whole; found none in the state. Leave the pass out, or set State.generate"
             )
         given = torch.cat(list(state.batches))
-        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        dtype = dtype_named(self.dtype)
         with state.watch("writing"):
             written = state.generate(
                 given, self.samples, temperature=self.temperature, dtype=dtype, seed=self.seed, progress=state.progress

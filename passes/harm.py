@@ -15,7 +15,7 @@ from slimgraph.errors import CalibrationError, PlanError, RecipeError
 from slimgraph.evidence import Evidence
 from slimgraph.groups import Structure
 from slimgraph.passes.allocation import _Allocation, _cut_layers
-from slimgraph.passes.base import register
+from slimgraph.passes.base import check_dtype, dtype_named, register
 from slimgraph.resources import Measure, cached_numbers, per_unit, seconds
 from slimgraph.state import State
 from slimgraph.surgery import Refit
@@ -50,10 +50,10 @@ class HarmAllocation(_Allocation):
             calibration samples, "macs", the multiply-accumulates, output projection included; "cache", the keys and
             values that it leaves in a cache, of which only whole kv groups free any (`heads: kv`); or "latency", the
             seconds of a forward pass, measured here and now.
-        dtype: in which it is tried: "bfloat16", or None for the model's own.
+        dtype: in which a float32 model's products are taken: "bfloat16", or None for its own.
     """
 
-    widths: tuple[float, ...] = (0.15, 0.4, 0.7)
+    widths: tuple[float, ...] = (0.15, 0.7)
     tokens: int = 1024
     samples: int | None = 64
     power: float = 1.5
@@ -77,8 +77,7 @@ class HarmAllocation(_Allocation):
             raise RecipeError(f"{self.name}: spare_last is {self.spare_last}; expected a share of the layers, below 1")
         if not self.power >= 1:
             raise RecipeError(f"{self.name}: power is {self.power}; expected at least 1")
-        if self.dtype not in ("bfloat16", None):
-            raise RecipeError(f"{self.name}: dtype is {self.dtype!r}; expected bfloat16 or null")
+        check_dtype(self.name, self.dtype)
 
     def weights(self, structure: Structure, state: State) -> Mapping[int, float]:
         layers = _cut_layers(structure, state)
@@ -151,7 +150,7 @@ class HarmAllocation(_Allocation):
                 decide,
                 tokens=self.tokens,
                 power=self.power,
-                dtype=None if self.dtype is None else getattr(torch, self.dtype),
+                dtype=dtype_named(self.dtype),
                 combine=state.combine,
                 watch=state.watch,
                 progress=state.progress,

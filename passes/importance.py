@@ -33,7 +33,11 @@ class _Importance(Pass):
 
     def select(self, evidence: Evidence, keep: int) -> Tensor:
         """Ascending int64 unit indices: the `keep` best of each block."""
-        return score.select_top(self.scores(evidence), evidence.blocks, keep)
+        return score.select_top(self.scored(evidence), evidence.blocks, keep)
+
+    def scored(self, evidence: Evidence) -> Tensor:
+        """The scores, worked out once for all widths that are tried."""
+        return evidence.once(self, lambda: self.scores(evidence))
 
 
 @register
@@ -83,7 +87,7 @@ class FeatureSpace(_Importance):
         )
 
     def select(self, evidence: Evidence, keep: int) -> Tensor:
-        return score.select_top(self.scores(evidence), evidence.blocks, keep, self.keep_lowest)
+        return score.select_top(self.scored(evidence), evidence.blocks, keep, self.keep_lowest)
 
 
 @register

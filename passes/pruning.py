@@ -11,7 +11,7 @@ from torch import fx
 from slimgraph.errors import PlanError
 from slimgraph.evidence import Evidence, Twin
 from slimgraph.groups import Structure
-from slimgraph.passes.base import Pass, register
+from slimgraph.passes.base import Pass, check_dtype, dtype_named, register
 from slimgraph.plan import Plan, resolve
 from slimgraph.state import KEY, State, structure_of
 from slimgraph.surgery import Refit, prune_graph
@@ -28,7 +28,16 @@ class Sweep(Pass):
 
     Needs what the passes before it recorded: how units are chosen, how many stay, and how to refit. Each site is
     decided with the activations that the sites before it, already pruned, produce (SlimLLM, section 3.1).
+
+    Attributes:
+        dtype: in which a float32 model's products are taken on the way: "bfloat16", or None for its own. Statistics
+            are added up and fits are solved as precisely in any case.
     """
+
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        check_dtype(self.name, self.dtype)
 
     def run(self, graph_module: fx.GraphModule, state: State) -> fx.GraphModule:
         """Decide at every site, then cut graph and weights."""
@@ -76,6 +85,7 @@ class Sweep(Pass):
                 layer_done=None if sink is None else sink.layer_done,
                 start=None if sink is None else sink.start,
                 twin=beside,
+                dtype=dtype_named(self.dtype),
             )
         plan = Plan({})
         for u in cut:

@@ -10,7 +10,7 @@ Sums over tokens add up over processes: `combine` does that, and every process t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -172,6 +172,7 @@ class Evidence:
     combine: Combine = alone
     watch: Stopwatch = field(default_factory=Stopwatch, repr=False)
     _outputs: list[Tensor] = field(default_factory=list, repr=False, init=False)
+    _made: dict[Hashable, Tensor] = field(default_factory=dict, repr=False, init=False)
 
     def every(self, nth: int, first: int) -> Evidence:
         """The same site with every n-th sample only, from `first` on: a part to fit on or to test with.
@@ -209,6 +210,12 @@ class Evidence:
         stays[kept] = True
         stays[-1] = True  # unit -1: belongs to no unit, always stays
         return stays[self.units].nonzero().flatten()
+
+    def once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, worked out the first time that the key is asked for."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @property
     def device(self) -> torch.device:

@@ -6,14 +6,15 @@ value is freed at its last use. Weights are fetched when a segment first needs t
 uses them last. A segment ends before every *stop*, where all micro-batches are looked at together, and at every *cut*,
 usually the end of a layer, so that few weights are held at a time.
 
-Everything runs in the dtype of the graph's weights.
+Everything runs in the dtype of the graph's weights, or with its products in a lower one, under autocast: what is added
+up from layer to layer then keeps its digits.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ from slimgraph.errors import CalibrationError
 from slimgraph.progress import SILENT, Progress
 from slimgraph.trace import call, tensor_at
 
-__all__ = ["Observer", "Parking", "Stop", "Weights", "run"]
+__all__ = ["Observer", "Parking", "Stop", "Weights", "feeds_products", "lower", "run"]
 
 Weights = Callable[[str], Tensor]
 """Fetches a parameter or buffer by name. Where it has a method `expect(names)`, it is told what will be asked for."""
+
+_PRODUCTS = {torch.ops.aten.linear.default, torch.ops.aten.addmm.default, torch.ops.aten.matmul.default}
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ def run(
     start: tuple[str, Parking] | None = None,
     room: int | None = None,
     twins: int = 0,
+    dtype: torch.dtype | None = None,
     progress: Progress | None = None,
     stage: str = "forward",
 ) -> None:
@@ -98,10 +102,13 @@ def run(
             goes to temporary files.
         twins: the last so many micro-batches go through the graph as it is: no replacement is put in place of their
             nodes, and no observer sees them; stops do.
+        dtype: in which products are taken, as `lower` has it; None for the model's own. Observers and stops run without
+            autocast.
         progress: shows nodes as they are done.
         stage: what to call this in the progress.
     """
     stops, cuts = stops or {}, cuts or {}
+    dtype = lower(graph_module, dtype)
     looked_at = {*stops, *cuts, *(name for o in observers for name in (o.at, *o.needs))}
     looked_at |= {name for stop in stops.values() for name in stop.needs}
     nodes = _needed(graph_module, looked_at)
@@ -118,7 +125,7 @@ def run(
         parking = stack.enter_context(start[1] if start is not None else Parking(len(batches), room))
         stack.enter_context(torch.no_grad())
         tick = stack.enter_context((progress or SILENT)(stage, total=sum(map(len, segments)) * len(batches)))
-        shared = _Shared(weights or (lambda name: tensor_at(graph_module, name)), segments)
+        shared = _Shared(weights or (lambda name: tensor_at(graph_module, name)), segments, dtype)
         for segment in segments:
             shared.begin(segment)
             stop = stops.get(segment[0].name)
@@ -126,21 +133,39 @@ def run(
             for i, ids in enumerate(batches):
                 values = parking.take(i)
                 is_twin = i >= len(batches) - twins
-                if stop is not None and replacement is not None and not is_twin:
-                    values[segment[0].name] = replacement(values[stop.reads])
                 last = i == len(batches) - 1
-                for node in segment:
-                    _step(node, ids, values, shared)
-                    if last:
-                        shared.used(node)
-                    for o in () if is_twin else watching.get(node.name, ()):
-                        o.call(*(values[name] for name in o.needs))
-                    for dead in dying.get(node, ()):
-                        values.pop(dead, None)
-                    tick()
+                with _autocast(ids.device, dtype):
+                    if stop is not None and replacement is not None and not is_twin:
+                        values[segment[0].name] = replacement(values[stop.reads])
+                    for node in segment:
+                        _step(node, ids, values, shared)
+                        if last:
+                            shared.used(node)
+                        for o in () if is_twin else watching.get(node.name, ()):
+                            with torch.autocast(ids.device.type, enabled=False):
+                                o.call(*(values[name] for name in o.needs))
+                        for dead in dying.get(node, ()):
+                            values.pop(dead, None)
+                        tick()
                 parking.put(i, values)
             if segment[-1].name in cuts:
                 cuts[segment[-1].name](parking)
+
+
+def lower(graph_module: fx.GraphModule, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype to take products in under autocast, or None: only a model whose weights are float32 gains by it."""
+    found = {p.dtype for p in graph_module.parameters() if p.ndim > 1 and p.is_floating_point()}
+    return dtype if found == {torch.float32} else None
+
+
+def feeds_products(node: fx.Node) -> bool:
+    """Whether a weight is read by matrix products only, so that a lower dtype than theirs is lost on nobody."""
+    return all(user.target in _PRODUCTS for user in node.users)
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    # The graph's own casts name the dtype it was traced in, so it cannot simply be run in another one.
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def _step(node: fx.Node, ids: Tensor, values: dict[str, Any], shared: _Shared) -> None:
@@ -296,8 +321,11 @@ def _read(file: Path, device: torch.device) -> dict[str, Any]:
 class _Shared:
     """Weights that are in use: fetched at their first use, dropped at the last, when the last micro-batch is there."""
 
-    def __init__(self, weights: Weights, segments: Sequence[Sequence[fx.Node]]) -> None:
+    def __init__(
+        self, weights: Weights, segments: Sequence[Sequence[fx.Node]], dtype: torch.dtype | None = None
+    ) -> None:
         self._weights = weights
+        self._dtype = dtype
         self._expect: Callable[[Sequence[str]], None] | None = getattr(weights, "expect", None)
         self._held: dict[fx.Node, Tensor] = {}
         last: dict[fx.Node, fx.Node] = {}
@@ -313,7 +341,10 @@ class _Shared:
 
     def __getitem__(self, node: fx.Node) -> Tensor:
         if node not in self._held:
-            self._held[node] = self._weights(str(node.target))
+            weight = self._weights(str(node.target))
+            if self._dtype is not None and weight.is_floating_point() and feeds_products(node):
+                weight = weight.to(self._dtype)  # once, not for every micro-batch
+            self._held[node] = weight
         return self._held[node]
 
     def begin(self, segment: Sequence[fx.Node]) -> None:

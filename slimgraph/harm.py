@@ -15,7 +15,7 @@ first few samples go on from the beginning of the layer to the logits, at a lowe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from slimgraph.errors import CalibrationError
 from slimgraph.evidence import Combine, Evidence, Twin, alone
-from slimgraph.execute import Observer, Parking, Stop, run
+from slimgraph.execute import Observer, Parking, Stop, feeds_products, lower, run
 from slimgraph.groups import Structure
 from slimgraph.moments import Norms
 from slimgraph.progress import SILENT, Progress, Stopwatch
@@ -38,6 +38,7 @@ Library = Mapping[str, Mapping[int, float]]
 """Site name -> units kept per block -> harm, a mean of KL divergences from the dense model, in nats."""
 
 _STRIDE = 4  # every so many positions the logits are looked at
+_TOGETHER = 1 << 19  # logits that are looked at at a time
 _SAME_SHAPE = {  # what models put between the last product and the logits, element by element
     torch.ops.aten.clone.default,
     torch.ops.aten.div.Tensor,
@@ -73,7 +74,7 @@ def measure(
         tokens: number of tokens, whole samples from the first micro-batch, that go to the logits with every cut; the
             divergence is taken at every fourth position.
         power: harm is the power mean of the positions' divergences: 1 for the mean, 2 for the root mean square.
-        dtype: in which these go, the model's own by default, and in any case for float64. A copy of the weights is
+        dtype: in which products are taken, the model's own by default; see `execute.lower`. A copy of the weights is
             held in it.
         combine: sums over processes.
         watch: collects the seconds that statistics take.
@@ -129,6 +130,7 @@ def measure(
             observers=[*norm_observers(units, norms), Observer(probe.logits, (), lambda: None)],
             stops={u.site.node: Stop(u.site.reads, stop_at(u)) for u in units},
             cuts={boundaries[0][0]: remember} | {after: layer_done(i) for i, (_, after) in enumerate(boundaries)},
+            dtype=probe.dtype,
         )
     return found
 
@@ -170,15 +172,20 @@ class _Probe:
     dtype: torch.dtype | None
     power: float
     combine: Combine
-    _held: dict[str, Tensor] = field(default_factory=dict)
+    _held: dict[str, Tensor] = field(default_factory=dict)  # for all cuts, in the dtype they are used in
 
     def __post_init__(self) -> None:
         (output,) = self.graph_module.graph.find_nodes(op="output")
         self._logits: fx.Node = output.all_input_nodes[0]
         self._last = _last_product(self._logits)
-        if any(p.dtype == torch.float64 for p in self.graph_module.parameters()):
-            self.dtype = None  # autocast leaves float64 as it is, and the two do not mix
-        self._dense = self._log_probabilities({}, None)
+        self.dtype = lower(self.graph_module, self.dtype)
+        weights = self.graph_module.graph.find_nodes(op="get_attr") if self.dtype is not None else []
+        self._lowered = {str(n.target) for n in weights if feeds_products(n)}
+        head = () if self._last is None else self._last.all_input_nodes[1:]
+        self._head = [self.fetch(str(p.target)).to(self.dtype) for p in head]
+        logits = self._logits_of({}, None)
+        self._dense = logits.float().softmax(-1)
+        self._most = torch.cat([self._expected(logits[at], at) for at in _row_slices(logits)])
 
     @property
     def logits(self) -> str:
@@ -194,42 +201,49 @@ class _Probe:
         parking = Parking(1)
         parking.put(0, dict(values))
         stops = {units.site.node: Stop(units.site.reads, lambda _: projection(decision))}
-        cut = self._log_probabilities(stops, (start, parking))
-        # Rounding leaves a little below zero where nothing changes.
-        each = (self._dense.exp() * (self._dense - cut)).sum(-1).double().clamp(min=0) ** self.power
+        logits = self._logits_of(stops, (start, parking))
+        expected = torch.cat([self._expected(logits[at], at) for at in _row_slices(logits)])
+        # Rounding leaves a little below zero where next to nothing changes.
+        each = (self._most - expected).double().clamp(min=0) ** self.power
         total, count = self.combine(torch.tensor([float(each.sum()), each.numel()], dtype=torch.float64))
         return math.pow(float(total / count), 1 / self.power)
 
-    def _log_probabilities(self, stops: dict[str, Stop], start: tuple[str, Parking] | None) -> Tensor:
-        """(positions, vocabulary) float32."""
+    def _expected(self, logits: Tensor, at: slice) -> Tensor:
+        """(positions,) float32, log-probability of the dense model's next token by logits (positions, vocabulary)."""
+        found: Tensor = torch.linalg.vecdot(self._dense[at], logits.float().log_softmax(-1))
+        return found
+
+    def _logits_of(self, stops: dict[str, Stop], start: tuple[str, Parking] | None) -> Tensor:
+        """(positions, vocabulary)."""
         found: list[Tensor] = []
         if self._last is not None:
             stops = stops | {self._last.name: Stop(self._last.all_input_nodes[0].name, lambda _: self._few_positions)}
-        # The graph's own casts name the dtype it was traced in, so it cannot simply be run in another one.
-        with torch.autocast(self.ids.device.type, self.dtype, enabled=self.dtype is not None):
-            run(
-                self.graph_module,
-                [self.ids],
-                weights=self._weights,
-                observers=[Observer(self.logits, (self.logits,), found.append)],
-                stops=stops,
-                cuts={} if start is None else {start[0]: lambda _: None},
-                start=start,
-            )
+        run(
+            self.graph_module,
+            [self.ids],
+            weights=self._weights,
+            observers=[Observer(self.logits, (self.logits,), found.append)],
+            stops=stops,
+            cuts={} if start is None else {start[0]: lambda _: None},
+            start=start,
+            dtype=self.dtype,
+        )
         logits = found[0] if self._last is not None else found[0][:, ::_STRIDE]
-        return torch.log_softmax(logits.flatten(0, -2).float(), -1)
+        return logits.flatten(0, -2)
 
     def _few_positions(self, x: Tensor) -> Tensor:
-        parameters = self._last.all_input_nodes[1:] if self._last is not None else ()
-        return torch.nn.functional.linear(x[:, ::_STRIDE], *(self._weights(str(p.target)) for p in parameters))
+        return torch.nn.functional.linear(x[:, ::_STRIDE], *self._head)
 
     def _weights(self, name: str) -> Tensor:
         if name not in self._held:
-            weight = self.fetch(name)
-            if self.dtype is not None and weight.ndim > 1 and weight.is_floating_point():
-                weight = weight.to(self.dtype)
-            self._held[name] = weight
+            self._held[name] = self.fetch(name).to(self.dtype if name in self._lowered else None)
         return self._held[name]
+
+
+def _row_slices(values: Tensor) -> Iterator[slice]:
+    """Slices that cover the rows, so that what is worked out of some of them stays in the cache."""
+    step = max(1, _TOGETHER // values.shape[1])
+    return (slice(i, i + step) for i in range(0, len(values), step))
 
 
 def _last_product(node: fx.Node) -> fx.Node | None:

@@ -21,6 +21,7 @@ from slimgraph.errors import CalibrationError, NumericsError
 __all__ = ["Moments", "Norms", "as_rows", "column_sums"]
 
 _ROWS = 256  # tokens that are added up at a time: a few megabytes
+_COLUMNS = 256  # channels whose products with all that follow are taken at a time
 
 
 @dataclass(eq=False)
@@ -78,7 +79,7 @@ class Moments:
         residue = column_sums(rows) / len(rows)  # what the dtype had no digits for, of a mean far from zero
         rows -= residue.to(rows.dtype)
         mean = shift + residue
-        scatter = rows.mT @ rows
+        scatter = _gram(rows)
         _check_finite(mean + scatter.diagonal())
         self._absorb(len(rows), mean, scatter)
 
@@ -251,6 +252,19 @@ def column_sums(rows: Tensor, other: Tensor | None = None) -> Tensor:
         part = rows[i : i + _ROWS]
         sums += (part if other is None else part * other[i : i + _ROWS]).sum(0)
     return sums
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """(channels, channels) rowsᵀ rows, of which little more than the upper half is worked out."""
+    channels = rows.shape[1]
+    if channels <= _COLUMNS:
+        return rows.mT @ rows
+    found = rows.new_empty(channels, channels)
+    for i in range(0, channels, _COLUMNS):
+        products = rows[:, i : i + _COLUMNS].mT @ rows[:, i:]
+        found[i : i + _COLUMNS, i:] = products
+        found[i:, i : i + _COLUMNS] = products.mT
+    return found
 
 
 def _check_finite(per_channel: Tensor) -> None:

@@ -127,7 +127,8 @@ def method(
     if name == "slimgraph":
         harm = HarmAllocation(ratio=ratio, heads=heads, round_to=round_to)
         fit = LeastSquares("stream", correction=8192.0) if recovery is None else _recovery(recovery)
-        return Recipe((SelfCalibration(seed=seed), Pearson(), FeatureSpace(), fit, harm, Sweep(), Verify()))
+        sweep = Sweep(dtype="bfloat16")
+        return Recipe((SelfCalibration(seed=seed), Pearson(), FeatureSpace(), fit, harm, sweep, Verify()))
     if name == "flap":
         ranked = FluctuationAllocation(ratio=ratio, heads=heads, round_to=round_to)
         return Recipe((Fluctuation(), _recovery(recovery or "bias_only"), ranked, Sweep(), Verify()))

@@ -100,6 +100,7 @@ def sweep(
     layer_done: Callable[[int, Parking], None] | None = None,
     start: tuple[int, Parking] | None = None,
     twin: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Decision]:
     """Visit sites in graph order, each with the activations that the already pruned sites before it produce.
 
@@ -118,6 +119,7 @@ def sweep(
         start: layer after which to go on, and what was parked there.
         twin: send every micro-batch through the dense model too, side by side, so that evidence has what that holds at
             the same place. What is parked is then that of twice as many micro-batches.
+        dtype: in which the model's products are taken, its own by default; statistics and fits do not depend on it.
 
     Returns:
         Site name -> decision, for the sites that were cut.
@@ -159,6 +161,7 @@ def sweep(
         [*batches, *batches] if twin else batches,
         weights=weights,
         twins=len(batches) if twin else 0,
+        dtype=dtype,
         observers=observers,
         stops={u.site.node: Stop(u.site.reads, stop_at(u), _named(streams.get(u.site.name))) for u in units},
         cuts={node: _calling(layer_done, layer) for layer, node in ends.items()},
@@ -253,8 +256,9 @@ def evidence_at(
         for o in site.origins
         if o.node in norms
     )
+    weight = _oriented(fetch(site.parameter), site.in_dim)
     return Evidence(
-        weight=_oriented(fetch(site.parameter), site.in_dim),
+        weight=weight,
         bias=fetch(site.bias) if site.bias else None,
         inputs=inputs,
         twin=twin,
@@ -263,7 +267,7 @@ def evidence_at(
         sources=sources,
         kind=site.kind,
         name=site.name,
-        precision=precision_for(inputs[0].dtype),
+        precision=precision_for(weight.dtype),
         combine=combine,
         watch=watch,
     )

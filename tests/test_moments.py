@@ -41,6 +41,13 @@ def test_statistics_equal_their_definitions(seed: int, tokens: int, channels: in
     torch.testing.assert_close(Norms.of(x).norms, x.norm(dim=0), **close)
 
 
+@pytest.mark.parametrize("channels", [255, 256, 257, 600])
+def test_wide_inputs_have_all_their_products(channels: int) -> None:
+    x = randn(0, 20, channels)
+    centred = x - x.mean(0)
+    torch.testing.assert_close(Moments.of(x).scatter, centred.T @ centred, rtol=1e-10, atol=1e-10)
+
+
 @fast
 @given(seed=seeds, sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6), offset=st.sampled_from([0.0, 100.0]))
 def test_shards_add_up_to_the_whole(seed: int, sizes: list[int], offset: float) -> None:

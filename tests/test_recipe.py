@@ -64,7 +64,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "random_importance": {"seed": 7},
     "regression": {},
     "self_calibration": {"samples": 5, "temperature": 0.5, "dtype": None, "seed": 7},
-    "sweep": {},
+    "sweep": {"dtype": "bfloat16"},
     "taylor": {"batch": 4},
     "uniform_allocation": {**ALLOCATION, "spare_first": 0.25, "spare_last": 0.125},
     "verify": {},
@@ -132,9 +132,9 @@ def test_methods_are_these_recipes() -> None:
     cosine, uniform = CosineAllocation(ratio=0.2, **OPTIONS), UniformAllocation(ratio=0.2, **OPTIONS)
     inner = UniformAllocation(ratio=0.2, spare_first=0.125, spare_last=0.0625, **OPTIONS)
     harm = HarmAllocation(ratio=0.2, **OPTIONS)
-    fit = LeastSquares("stream", correction=8192.0)
+    fit, low = LeastSquares("stream", correction=8192.0), Sweep(dtype="bfloat16")
     expected = {
-        "slimgraph": (SelfCalibration(seed=5), Pearson(), FeatureSpace(), fit, harm, Sweep(), Verify()),
+        "slimgraph": (SelfCalibration(seed=5), Pearson(), FeatureSpace(), fit, harm, low, Verify()),
         "slimllm": (Pearson(), FeatureSpace(), Regression(), cosine, Sweep(), Verify()),
         "magnitude": (Magnitude(), NoRecovery(), uniform, Sweep(), Verify()),
         "wanda": (WandaSp(), NoRecovery(), uniform, Sweep(), Verify()),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from slimgraph.errors import CalibrationError, NumericsError
 from slimgraph.evidence import Evidence
-from slimgraph.execute import Observer, run
+from slimgraph.execute import Observer, Stop, lower, run
 from slimgraph.groups import Site, Structure, infer
 from slimgraph.moments import Moments, Norms
 from slimgraph.passes import CosineAllocation, FeatureSpace, Pearson, Regression, Sweep, Verify
@@ -249,6 +249,47 @@ def test_a_run_gives_observers_what_they_need() -> None:
     seen: list[Tensor] = []
     run(made.graph, IDS.split(3), observers=[Observer(last, (last,), seen.append)])
     close(torch.cat(seen), logits(made.model, IDS))
+
+
+def test_only_the_nodes_run_in_the_lower_dtype() -> None:
+    """Products are as those of autocast; what is looked at and decided is not, and what adds up keeps its digits."""
+    model = make("llama").float()
+    structure = infer(trace(model))
+    site, (_, after) = all_units(structure)[-1].site, structure.boundaries()[0]
+    seen: list[Tensor] = []
+    inside: list[torch.dtype] = []
+
+    def product_dtype(*_: Any) -> None:
+        inside.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+
+    run(
+        structure.analysis.graph_module,
+        [IDS],
+        observers=[Observer(after, (after,), seen.append), Observer(after, (), product_dtype)],
+        stops={site.node: Stop(site.reads, product_dtype)},
+        dtype=torch.bfloat16,
+    )
+    assert inside == [torch.float32] * 2
+    exact = hidden_after_first_layer(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = hidden_after_first_layer(model)
+    assert seen[0].dtype == torch.float32
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-6)
+    assert not torch.allclose(seen[0], exact, rtol=0, atol=1e-3)
+
+
+def hidden_after_first_layer(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=IDS, use_cache=False, output_hidden_states=True).hidden_states[1]
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_only_a_float32_model_is_run_in_a_lower_dtype(dtype: torch.dtype) -> None:
+    graph = trace(make("llama").to(dtype))
+    assert lower(graph, torch.bfloat16) is None
+    assert lower(trace(make("llama").float()), torch.bfloat16) is torch.bfloat16
+    assert lower(trace(make("llama").float()), None) is None
 
 
 def test_a_run_shows_every_node_in_its_progress() -> None:
