@@ -13,6 +13,7 @@ import argparse
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cells import (
@@ -45,6 +46,7 @@ from slimgraph.recipe import Recipe, method
 from slimgraph.tasks import PAPER_METRICS
 
 BASELINE, OWN = "SlimLLM", "Slimgraph"
+MORE = f"{OWN}, 256 written"
 LOCAL = LeastSquares("local")
 STREAM = LeastSquares("stream")
 
@@ -63,6 +65,16 @@ def by_harm(recovery: Pass, written: int = 0, **fields: Any) -> Maker:
 def written(samples: int, recovery: Pass) -> Maker:
     """SlimLLM with another recovery, on samples that the model writes beside the given ones."""
     return lambda *given: Recipe((SelfCalibration(samples), *slimllm(*given, recovery=recovery).passes))
+
+
+def own(changed: Mapping[type[Pass], Mapping[str, Any]]) -> Maker:
+    """Slimgraph with some fields of its passes changed."""
+
+    def make(ratio: float, *_: Any) -> Recipe:
+        passes = method("slimgraph", ratio).passes
+        return Recipe(tuple(replace(p, **changed.get(type(p), {})) for p in passes))
+
+    return make
 
 
 MEAN: dict[str, Any] = {"power": 1.0, "tokens": 1024}
@@ -84,8 +96,11 @@ IDEAS: dict[str, Maker] = {
     "32 written, mean harm, full fit, local target": by_harm(LOCAL, 32, power=1.0, tokens=512),
     "32 written, mean harm, full fit, dense target and stream": by_harm(STREAM, 32, power=1.0, tokens=512),
     "32 written, root mean square, full fit, local target": by_harm(LOCAL, 32, power=2.0, tokens=1024),
-    OWN: lambda ratio, *_: method("slimgraph", ratio),
+    "three widths, sweep in float32": own({HarmAllocation: {"widths": (0.15, 0.4, 0.7)}, Sweep: {"dtype": None}}),
+    OWN: own({}),
+    MORE: own({SelfCalibration: {"samples": 256}}),
 }
+WHOLE = (BASELINE, OWN, MORE)
 CURVE: dict[str, tuple[int, int]] = {
     f"{given} given" + (f", {own} written" if own else ""): (given, own)
     for given, own in [(32, 0), (64, 0), (128, 0), (512, 0), (2048, 0), (32, 32), (32, 96), (128, 128)]
@@ -102,7 +117,7 @@ CURVE_MARKERS = ("<!-- calibration: begin -->", "<!-- calibration: end -->")
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
-    """The whole method with all seeds first, then what its parts do with the first; or how much text it takes."""
+    """The whole methods first, then what their parts do with the first seed; or how much text it takes."""
     if options.curve:
         for model, _ in options.model:
             for share in options.shares:
@@ -112,17 +127,17 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
     for model, _ in options.model:
         yield Cell(model, 0.0, DENSE, options.seeds[0])
         for share in options.shares:
-            yield from (cell(model, share, name, options.seeds[0]) for name in (BASELINE, OWN) if name in chosen)
+            yield from (cell(model, share, name, options.seeds[0]) for name in WHOLE if name in chosen)
     for seed in options.seeds:
         for model, _ in options.model:
             for share in options.shares:
-                alone = [n for n in chosen if seed == options.seeds[0] or n in (BASELINE, OWN)]
+                alone = [n for n in chosen if seed == options.seeds[0] or n in WHOLE]
                 yield from (cell(model, share, name, seed) for name in alone)
 
 
 def cell(model: str, share: float, name: str, seed: int) -> Cell:
     """SlimLLM's is the one of the reproduction; tasks are for the whole methods only."""
-    return Cell(model, share, name, seed) if name == BASELINE else Cell(model, share, name, seed, "idea", name == OWN)
+    return Cell(model, share, name, seed) if name == BASELINE else Cell(model, share, name, seed, "idea", name in WHOLE)
 
 
 def curve_cell(model: str, share: float, name: str, seed: int) -> Cell:
