@@ -105,25 +105,25 @@ CURVE: dict[str, tuple[int, int]] = {
     f"{given} given" + (f", {own} written" if own else ""): (given, own)
     for given, own in [(32, 0), (64, 0), (128, 0), (512, 0), (2048, 0), (32, 32), (32, 96), (128, 128)]
 }
-
-
-def curve_maker(own: int) -> Maker:
-    return written(own, LOCAL) if own else IDEAS["full fit, local target"]
-
-
-CURVES: dict[str, Maker] = {name: curve_maker(own) for name, (_, own) in CURVE.items()}
+CURVES: dict[str, Maker] = {
+    name: written(samples, LOCAL) if samples else IDEAS["full fit, local target"]
+    for name, (_, samples) in CURVE.items()
+}
+for whole, samples in ((BASELINE, 0), (OWN, 64)):
+    CURVE[f"{whole}, 512 given"] = 512, samples
+    CURVES[f"{whole}, 512 given"] = IDEAS[whole]
 MARKERS = ("<!-- accuracy: begin -->", "<!-- accuracy: end -->")
 CURVE_MARKERS = ("<!-- calibration: begin -->", "<!-- calibration: end -->")
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """The whole methods first, then what their parts do with the first seed; or how much text it takes."""
+    chosen = [name for name in (CURVE if options.curve else IDEAS) if not options.ideas or name in options.ideas]
     if options.curve:
         for model, _ in options.model:
             for share in options.shares:
-                yield from (curve_cell(model, share, name, options.seeds[0]) for name in CURVE)
+                yield from (curve_cell(model, share, name, options.seeds[0]) for name in chosen)
         return
-    chosen = [name for name in IDEAS if not options.ideas or name in options.ideas]
     for model, _ in options.model:
         yield Cell(model, 0.0, DENSE, options.seeds[0])
         for share in options.shares:
@@ -234,7 +234,7 @@ def drop(row: Mapping[str, Any], dense: Mapping[str, Any]) -> float | None:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--ideas", nargs="+", choices=list(IDEAS), help="only these")
+    options.add_argument("--ideas", nargs="+", choices=[*IDEAS, *CURVE], help="only these")
     options.add_argument("--curve", action="store_true", help="the number of calibration tokens instead of the ideas")
     given = options.parse_args()
     makers, write = (CURVES, write_curve) if given.curve else (IDEAS, write_table)
