@@ -140,6 +140,19 @@ def infer_of(family: str) -> Any:
     return slimgraph.infer(slimgraph.trace(make(family).float()))
 
 
+def test_cuts_are_decided_from_what_the_low_precision_gives() -> None:
+    structure = slimgraph.infer(slimgraph.trace(make("llama").float()))
+    units = [units_of(structure, s) for s in structure.prunable_sites()]
+    seen: set[torch.dtype] = set()
+
+    def decide(u: Units, evidence: Evidence, keep: int) -> Decision:
+        seen.update(x.dtype for x in evidence.inputs)
+        return plain(u, evidence, keep)
+
+    harm.measure(structure, [IDS], units, {u.site.name: [1] for u in units}, decide, dtype=torch.bfloat16)
+    assert seen == {torch.bfloat16}
+
+
 def test_float64_is_measured_as_it_is() -> None:
     units = sites_of("llama")
     widths = {u.site.name: [1] for u in units}

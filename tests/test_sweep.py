@@ -22,8 +22,8 @@ from slimgraph.evidence import Evidence
 from slimgraph.execute import Observer, Stop, lower, run
 from slimgraph.groups import Site, Structure, infer
 from slimgraph.moments import Moments, Norms
-from slimgraph.passes import CosineAllocation, FeatureSpace, Pearson, Regression, Sweep, Verify
-from slimgraph.pipeline import run_passes
+from slimgraph.passes import CosineAllocation, FeatureSpace, Pearson, Regression, Sweep, UniformAllocation, Verify
+from slimgraph.pipeline import prune, run_passes
 from slimgraph.plan import Plan, resolve
 from slimgraph.recipe import Recipe
 from slimgraph.state import State, attach
@@ -282,6 +282,36 @@ def hidden_after_first_layer(model: nn.Module) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(input_ids=IDS, use_cache=False, output_hidden_states=True).hidden_states[1]
     return found
+
+
+def test_a_sweep_in_the_lower_dtype_finds_nearly_the_same() -> None:
+    """What a site reads is rounded, and its statistics, weights and fits are not."""
+    structure = infer(trace(make("llama").float()))
+    seen: dict[torch.dtype | None, list[Tensor]] = {None: [], torch.bfloat16: []}
+
+    for dtype, found in seen.items():
+
+        def look(units: Units, evidence: Evidence, found: list[Tensor] = found) -> None:
+            assert evidence.weight.dtype == torch.float32
+            assert evidence.precision == torch.float64
+            found.append(evidence.moments.scatter)
+
+        sweep(structure, [IDS], all_units(structure), look, dtype=dtype)
+    for exact, rough in zip(*seen.values(), strict=True):
+        assert rough.dtype == torch.float64
+        assert not rough.equal(exact)
+        torch.testing.assert_close(rough, exact, rtol=0, atol=0.05 * float(exact.abs().max()))
+
+
+def test_the_pass_sweeps_in_its_dtype() -> None:
+    model, budget = make("llama").float(), UniformAllocation(ratio=0.2, round_to=1)
+    found = [
+        prune(model, IDS, recipe=Recipe((Pearson(), FeatureSpace(), Regression(), budget, Sweep(dtype=dtype)))).model
+        for dtype in (None, "bfloat16")
+    ]
+    exact, rough = (logits(m, IDS) for m in found if m is not None)
+    assert not torch.allclose(exact, rough, rtol=0, atol=1e-4)
+    assert float((exact - rough).norm() / exact.norm()) < 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
