@@ -105,10 +105,14 @@ CURVE: dict[str, tuple[int, int]] = {
     f"{given} given" + (f", {own} written" if own else ""): (given, own)
     for given, own in [(32, 0), (64, 0), (128, 0), (512, 0), (2048, 0), (32, 32), (32, 96), (128, 128)]
 }
-CURVES: dict[str, Maker] = {
-    name: written(samples, LOCAL) if samples else IDEAS["full fit, local target"]
-    for name, (_, samples) in CURVE.items()
-}
+
+
+def curve_maker(samples: int) -> Maker:
+    """The full fit, on so many samples that the model writes beside the given ones."""
+    return written(samples, LOCAL) if samples else IDEAS["full fit, local target"]
+
+
+CURVES: dict[str, Maker] = {name: curve_maker(samples) for name, (_, samples) in CURVE.items()}
 for whole, samples in ((BASELINE, 0), (OWN, 64)):
     CURVE[f"{whole}, 512 given"] = 512, samples
     CURVES[f"{whole}, 512 given"] = IDEAS[whole]
