@@ -25,7 +25,6 @@ from slimgraph.units import Units
 __all__ = ["HarmAllocation"]
 
 _RESOURCES = ("parameters", "macs", "cache", "latency")
-_FEW = 4  # blocks of at most so many units are tried at every width
 
 
 @register
@@ -37,13 +36,14 @@ class HarmAllocation(_Allocation):
     their scores and fits. The model has to be in memory.
 
     Attributes:
-        widths: shares of a site's units that are kept when it is tried; sites with at most four units per block are
-            tried at every width. No site gets narrower than the lowest.
+        widths: shares of a site's units that are kept when it is tried, of few units at least one. No site gets
+            narrower than the lowest.
         tokens: calibration tokens that every cut is tried on.
         samples: calibration samples that the tried cuts are decided from, rounded up to whole micro-batches; all others
             are left to the sweep. None takes all.
         power: harm is a power mean over their positions: 1 for the mean, 2 for the root mean square, which spares what
             few positions need much.
+        together: harms are scaled, kind by kind and width by width, to add up to what all cuts do at once.
         spare_last: share of the layers that stay whole at the end, rounded. What the last layer's heads copy from
             earlier in a text shows in few texts, and no later layer makes up for it.
         of: what `ratio` is a share of: the "parameters" of the whole model; or, for one prompt as long as the
@@ -53,13 +53,14 @@ class HarmAllocation(_Allocation):
         dtype: in which a float32 model's products are taken: "bfloat16", or None for its own.
     """
 
-    widths: tuple[float, ...] = (0.15, 0.7)
+    widths: tuple[float, ...] = (0.15,)
     tokens: int = 1024
     samples: int | None = 64
     power: float = 1.5
-    dtype: str | None = "bfloat16"
+    together: bool = True
     spare_last: float = 0.04
     of: str = "parameters"
+    dtype: str | None = "bfloat16"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,6 +151,7 @@ class HarmAllocation(_Allocation):
                 decide,
                 tokens=self.tokens,
                 power=self.power,
+                together=self.together,
                 dtype=dtype_named(self.dtype),
                 combine=state.combine,
                 watch=state.watch,
@@ -166,7 +168,5 @@ class HarmAllocation(_Allocation):
         return found
 
     def _widths(self, units: Units) -> list[int]:
-        if units.block_size <= _FEW:
-            return list(range(1, units.block_size))
         tried = {keep_at(units, 1 - share, self.round_to) for share in self.widths}
         return sorted(tried - {units.block_size})

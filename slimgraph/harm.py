@@ -8,15 +8,21 @@ A few calibration tokens stand for all text. What a site does for kinds of text 
 large harm at few positions, so positions count by a mean of a higher power: the first layers, which make sense of rare
 tokens, are spared.
 
-The dense model is run once over all calibration tokens. At the end of each layer every cut of its sites is tried: the
-first few samples go on from the beginning of the layer to the logits, at a lower precision if that is faster.
+Harms do not add up. What one layer's heads fetch another's can fetch as well, so that all of them cut down do more harm
+than the sum of the single cuts; the damage of many layers' channels, on the other hand, is much of it the same damage.
+All sites of a kind are therefore cut together as well, and their harms scaled to that.
+
+The dense model is run once over all calibration tokens, from which the cuts are decided. Then the first few samples go
+through it again, and from the beginning of each layer on to the logits with every cut of the layer's sites, at a lower
+precision if that is faster.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,6 +64,7 @@ def measure(
     *,
     tokens: int = 1024,
     power: float = 1.5,
+    together: bool = True,
     dtype: torch.dtype | None = None,
     combine: Combine = alone,
     watch: Stopwatch | None = None,
@@ -74,8 +81,10 @@ def measure(
         tokens: number of tokens, whole samples from the first micro-batch, that go to the logits with every cut; the
             divergence is taken at every fourth position.
         power: harm is the power mean of the positions' divergences: 1 for the mean, 2 for the root mean square.
+        together: whether harms are scaled, by one factor for all sites of a kind at their narrowest width, one for the
+            next width, and so on, to add up to what all these cuts do at once.
         dtype: in which products are taken, the model's own by default; see `execute.lower`. A copy of the weights is
-            held in it.
+            held in it, and of the new output projections of all cuts.
         combine: sums over processes.
         watch: collects the seconds that statistics take.
         progress: shows how far it got.
@@ -87,51 +96,31 @@ def measure(
     if not batches or not sum(b.numel() for b in batches):
         raise CalibrationError("no calibration tokens; expected at least one sequence")
     graph_module = structure.analysis.graph_module
-    boundaries = structure.boundaries()
-    first, *others = batches
-    samples = max(1, tokens // first.shape[1])
-    pieces = [first] if is_static(graph_module) or len(first) <= samples else [first[:samples], first[samples:]]
-    probe = _Probe(graph_module, pieces[0], dtype, power, combine)
-    norms: dict[str, Norms] = {}
-    tried: dict[int | None, list[tuple[Units, int, Decision]]] = {}
+    starts = [structure.boundaries()[0][0], *(after for _, after in structure.boundaries()[:-1])]
+    cuts = _decided(structure, batches, units, widths, decide, dtype, combine, watch or Stopwatch())
+    first = batches[0]
+    probe = _Probe(graph_module, first if is_static(graph_module) else first[: max(1, tokens // first.shape[1])], dtype)
     found: dict[str, dict[int, float]] = {u.site.name: {} for u in units}
-    at_start: dict[str, Any] = {}
 
-    def stop_at(u: Units) -> Callable[[Sequence[Tensor]], None]:
-        def stop(inputs: Sequence[Tensor]) -> None:
-            evidence = evidence_at(
-                structure, u, inputs, Twin(inputs), norms, probe.fetch, combine, watch or Stopwatch()
-            )
-            evidence.require_finite_input()
-            mine = tried.setdefault(u.site.layer, [])
-            mine += [(u, keep, decide(u, evidence, keep)) for keep in widths[u.site.name]]
+    def harm(logits: Tensor) -> float:
+        tick()
+        return _mean(probe.divergence(logits), power, combine)
 
-        return stop
-
-    def layer_done(layer: int) -> Callable[[Parking], None]:
+    def try_layer(layer: int) -> Callable[[Parking], None]:
         def at(parking: Parking) -> None:
-            start = boundaries[layer - 1][1] if layer else boundaries[0][0]
-            for u, keep, decision in tried.pop(layer, []):
-                found[u.site.name][keep] = probe.harm(u, decision, start, at_start)
-                tick()
-            remember(parking)
+            for cut in cuts.get(layer, []):
+                found[cut.units.site.name][cut.keep] = harm(probe.logits_with([cut], (starts[layer], parking.copy(0))))
 
         return at
 
-    def remember(parking: Parking) -> None:
-        at_start.clear()
-        at_start.update(parking.copy(0))
-
-    with (progress or SILENT)("harm", total=sum(map(len, widths.values()))) as tick:
-        run(
-            graph_module,
-            [*pieces, *others],
-            # Somebody looks at the logits, so that everything on the way there is kept.
-            observers=[*norm_observers(units, norms), Observer(probe.logits, (), lambda: None)],
-            stops={u.site.node: Stop(u.site.reads, stop_at(u)) for u in units},
-            cuts={boundaries[0][0]: remember} | {after: layer_done(i) for i, (_, after) in enumerate(boundaries)},
-            dtype=probe.dtype,
-        )
+    levels = _levels([c for mine in cuts.values() for c in mine]) if together else []
+    with (progress or SILENT)("harm", total=sum(map(len, cuts.values())) + len(levels)) as tick:
+        probe.run(cuts={start: try_layer(i) for i, start in enumerate(starts)})
+        for level in levels:
+            alone = sum(found[c.units.site.name][c.keep] for c in level)
+            factor = harm(probe.logits_with(level)) / alone if alone else 1.0
+            for c in level:
+                found[c.units.site.name][c.keep] *= factor
     return found
 
 
@@ -163,15 +152,83 @@ def curve(harm: Mapping[int, float], units: Units, widths: Sequence[int]) -> dic
     return result
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """One site at one width."""
+
+    units: Units
+    keep: int
+    decision: Decision
+
+
+def _decided(
+    structure: Structure,
+    batches: Sequence[Tensor],
+    units: Sequence[Units],
+    widths: Mapping[str, Sequence[int]],
+    decide: Callable[[Units, Evidence, int], Decision],
+    dtype: torch.dtype | None,
+    combine: Combine,
+    watch: Stopwatch,
+) -> dict[int, list[_Cut]]:
+    """Layer -> every cut of its sites, from what the dense model holds there; a site outside all layers has none."""
+    graph_module = structure.analysis.graph_module
+    held_in = lower(graph_module, dtype)
+    norms: dict[str, Norms] = {}
+    cuts: dict[int, list[_Cut]] = {}
+
+    def stop_at(u: Units) -> Callable[[Sequence[Tensor]], None]:
+        def stop(inputs: Sequence[Tensor]) -> None:
+            evidence = evidence_at(
+                structure, u, inputs, Twin(inputs), norms, partial(tensor_at, graph_module), combine, watch
+            )
+            evidence.require_finite_input()
+            for keep in widths[u.site.name]:
+                decision = decide(u, evidence, keep)
+                weight = decision.refit.weight.to(held_in)  # no more is read of it
+                cut = _Cut(u, keep, replace(decision, refit=replace(decision.refit, weight=weight)))
+                cuts.setdefault(u.site.layer or 0, []).append(cut)
+
+        return stop
+
+    tried = [u for u in units if u.site.layer is not None and widths[u.site.name]]
+    run(
+        graph_module,
+        batches,
+        observers=norm_observers(tried, norms),
+        stops={u.site.node: Stop(u.site.reads, stop_at(u)) for u in tried},
+        dtype=dtype,
+    )
+    return cuts
+
+
+def _levels(cuts: Sequence[_Cut]) -> list[list[_Cut]]:
+    """Cuts that are measured together: of every kind the narrowest of each site, then the next, and so on."""
+    by_site: dict[str, list[_Cut]] = {}
+    for cut in sorted(cuts, key=lambda c: c.keep):
+        by_site.setdefault(cut.units.site.name, []).append(cut)
+    levels: dict[tuple[str, int], list[_Cut]] = {}
+    for mine in by_site.values():
+        for rank, cut in enumerate(mine):
+            levels.setdefault((cut.units.site.kind, rank), []).append(cut)
+    return list(levels.values())
+
+
+def _mean(divergence: Tensor, power: float, combine: Combine) -> float:
+    """Power mean over the positions of all processes."""
+    # Rounding leaves a little below zero where next to nothing changes.
+    each = divergence.double().clamp(min=0) ** power
+    total, count = combine(torch.tensor([float(each.sum()), each.numel()], dtype=torch.float64))
+    return math.pow(float(total / count), 1 / power)
+
+
 @dataclass
 class _Probe:
-    """A few samples that go from the beginning of a layer to the logits."""
+    """A few samples (samples, tokens) that go to the logits, through the dense model or with sites cut."""
 
     graph_module: fx.GraphModule
     ids: Tensor
     dtype: torch.dtype | None
-    power: float
-    combine: Combine
     _held: dict[str, Tensor] = field(default_factory=dict)  # for all cuts, in the dtype they are used in
 
     def __post_init__(self) -> None:
@@ -182,62 +239,68 @@ class _Probe:
         weights = self.graph_module.graph.find_nodes(op="get_attr") if self.dtype is not None else []
         self._lowered = {str(n.target) for n in weights if feeds_products(n)}
         head = () if self._last is None else self._last.all_input_nodes[1:]
-        self._head = [self.fetch(str(p.target)).to(self.dtype) for p in head]
-        logits = self._logits_of({}, None)
+        self._head = [tensor_at(self.graph_module, str(p.target)).to(self.dtype) for p in head]
+        logits = self.logits_with([])
         self._dense = logits.float().softmax(-1)
-        self._most = torch.cat([self._expected(logits[at], at) for at in _row_slices(logits)])
+        self._most = self._expected(logits)
 
-    @property
-    def logits(self) -> str:
-        """The node that makes them."""
-        return self._logits.name
-
-    def fetch(self, name: str) -> Tensor:
-        """A parameter as the model has it."""
-        return tensor_at(self.graph_module, name)
-
-    def harm(self, units: Units, decision: Decision, start: str, values: Mapping[str, Any]) -> float:
-        """Power mean of the KL divergences of the model with one site cut from the dense one, in nats."""
-        parking = Parking(1)
-        parking.put(0, dict(values))
-        stops = {units.site.node: Stop(units.site.reads, lambda _: projection(decision))}
-        logits = self._logits_of(stops, (start, parking))
-        expected = torch.cat([self._expected(logits[at], at) for at in _row_slices(logits)])
-        # Rounding leaves a little below zero where next to nothing changes.
-        each = (self._most - expected).double().clamp(min=0) ** self.power
-        total, count = self.combine(torch.tensor([float(each.sum()), each.numel()], dtype=torch.float64))
-        return math.pow(float(total / count), 1 / self.power)
-
-    def _expected(self, logits: Tensor, at: slice) -> Tensor:
-        """(positions,) float32, log-probability of the dense model's next token by logits (positions, vocabulary)."""
-        found: Tensor = torch.linalg.vecdot(self._dense[at], logits.float().log_softmax(-1))
-        return found
-
-    def _logits_of(self, stops: dict[str, Stop], start: tuple[str, Parking] | None) -> Tensor:
-        """(positions, vocabulary)."""
-        found: list[Tensor] = []
-        if self._last is not None:
-            stops = stops | {self._last.name: Stop(self._last.all_input_nodes[0].name, lambda _: self._few_positions)}
+    def run(
+        self,
+        *,
+        look: Callable[[Tensor], None] = lambda _: None,
+        stops: Mapping[str, Stop] | None = None,
+        cuts: Mapping[str, Callable[[Parking], None]] | None = None,
+        start: tuple[str, Parking] | None = None,
+    ) -> None:
+        """Run the samples to the logits; somebody looks at these always, so that all values on the way are kept."""
         run(
             self.graph_module,
             [self.ids],
             weights=self._weights,
-            observers=[Observer(self.logits, (self.logits,), found.append)],
+            observers=[Observer(self._logits.name, (self._logits.name,), look)],
             stops=stops,
-            cuts={} if start is None else {start[0]: lambda _: None},
+            cuts=cuts,
             start=start,
             dtype=self.dtype,
         )
+
+    def logits_with(self, cuts: Sequence[_Cut], start: tuple[str, Mapping[str, Any]] | None = None) -> Tensor:
+        """(positions, vocabulary) of every fourth position with sites cut; from a node and its values, if given."""
+        found: list[Tensor] = []
+        stops = {c.units.site.node: _in_place(c) for c in cuts}
+        if self._last is not None:
+            stops[self._last.name] = Stop(self._last.all_input_nodes[0].name, lambda _: self._few_positions)
+        if start is None:
+            self.run(look=found.append, stops=stops)
+        else:
+            parking = Parking(1)
+            parking.put(0, dict(start[1]))
+            # A cut, so that a segment begins where the parked values are.
+            self.run(look=found.append, stops=stops, cuts={start[0]: lambda _: None}, start=(start[0], parking))
         logits = found[0] if self._last is not None else found[0][:, ::_STRIDE]
         return logits.flatten(0, -2)
+
+    def divergence(self, logits: Tensor) -> Tensor:
+        """(positions,) float32, KL divergence from the dense model's distributions, given (positions, vocabulary)."""
+        return self._most - self._expected(logits)
+
+    def _expected(self, logits: Tensor) -> Tensor:
+        """(positions,) float32, log-probability of the dense model's next token."""
+        return torch.cat(
+            [torch.linalg.vecdot(self._dense[at], logits[at].float().log_softmax(-1)) for at in _row_slices(logits)]
+        )
 
     def _few_positions(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x[:, ::_STRIDE], *self._head)
 
     def _weights(self, name: str) -> Tensor:
         if name not in self._held:
-            self._held[name] = self.fetch(name).to(self.dtype if name in self._lowered else None)
+            self._held[name] = tensor_at(self.graph_module, name).to(self.dtype if name in self._lowered else None)
         return self._held[name]
+
+
+def _in_place(cut: _Cut) -> Stop:
+    return Stop(cut.units.site.reads, lambda _: projection(cut.decision))
 
 
 def _row_slices(values: Tensor) -> Iterator[slice]:

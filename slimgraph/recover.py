@@ -8,6 +8,7 @@ dense weight.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -136,11 +137,10 @@ def least_squares(
     target = evidence.aim(target)
     first = target if correction is None else "local"
     system = _System.of(evidence, channels, first)
-    weight = system.weight(held_out_prior(evidence, channels, first) if prior is None else prior)
+    system = system.solved(held_out_prior(evidence, channels, first) if prior is None else prior)
     if correction is not None and target != first:
-        system = system.aimed_at(target, channels)
-        weight = system.towards(weight, correction)
-    return _checked(evidence, weight, system.shift(weight))
+        system = system.aimed_at(target, channels).solved(correction)
+    return _checked(evidence, system.weight, system.intercept())
 
 
 def held_out_prior(evidence: Evidence, channels: Tensor, target: str = "local") -> float:
@@ -160,33 +160,32 @@ def held_out_prior(evidence: Evidence, channels: Tensor, target: str = "local") 
     halves = [_System.of(evidence.every(2, first), channels, target) for first in (0, 1)]
 
     def error(prior: float) -> float:
-        return halves[1].error(halves[0].weight(prior)) + halves[0].error(halves[1].weight(prior))
+        return sum(other.error(half.solved(prior).weight) for half, other in itertools.permutations(halves))
 
     return min(PRIORS, key=error)
 
 
 @dataclass(frozen=True)
 class _System:
-    """The normal equations of a fit of a target T by the kept channels X_S; all float64.
+    """The normal equations of a fit of a target T by the kept channels X_S, and a weight to start from; all float64.
 
     Attributes:
         evidence: of the site.
         own: moments of X_S.
         crossed: moments of T and X_S.
-        products: (out, kept) centred moments of Y' = X_S W_Sᵀ and X_S.
-        start: (out, kept) the regression's weight.
-        slopes: (out, 1) the regression's slopes.
+        weight: (out, kept) what the fit is shrunk towards: the regression's, or that of a fit before.
+        products: (out, kept) weight @ G, where G are the centred moments of X_S.
     """
 
     evidence: Evidence
     own: Moments
     crossed: Crossed
+    weight: Tensor
     products: Tensor
-    start: Tensor
-    slopes: Tensor
 
     @classmethod
     def of(cls, evidence: Evidence, channels: Tensor, target: str) -> _System:
+        """The fit of a target, to be shrunk towards the regression."""
         channels = channels.to(evidence.device)
         own, crossed = evidence.moments.restrict(channels), _crossed_with(evidence, channels, target)
         weight = evidence.weight.to(evidence.device, torch.float64).index_select(1, channels)
@@ -194,30 +193,26 @@ class _System:
         variance = (products * weight).sum(1)
         varies = ~(variance <= zero_share(evidence.precision) * (weight.square() @ own.scatter.diagonal()))
         slopes = torch.where(varies, (crossed.scatter * weight).sum(1) / torch.where(varies, variance, 1.0), 1.0)
-        return cls(evidence, own, crossed, products, slopes[:, None] * weight, slopes[:, None])
-
-    def weight(self, prior: float) -> Tensor:
-        """(out, kept) what minimises the error with the regression worth so many tokens."""
-        return self._moved(self.start, self.slopes * self.products, prior)
+        return cls(evidence, own, crossed, slopes[:, None] * weight, slopes[:, None] * products)
 
     def aimed_at(self, target: str, channels: Tensor) -> _System:
-        """The same channels and the same start with another target."""
+        """The same channels and the same weight to start from, with another target."""
         return replace(self, crossed=_crossed_with(self.evidence, channels.to(self.evidence.device), target))
 
-    def towards(self, start: Tensor, prior: float) -> Tensor:
-        """(out, kept) what minimises the error with another weight (out, kept) worth so many tokens."""
-        return self._moved(start, start @ self.own.scatter, prior)
-
-    def _moved(self, start: Tensor, products: Tensor, prior: float) -> Tensor:
-        """From a start W₀, given W₀ G."""
-        if math.isinf(prior):
-            return start
+    def solved(self, prior: float) -> _System:
+        """From the weight that minimises the error when the one to start from counts as so many tokens."""
+        # Where no channel varies, there is nothing to fit.
+        if math.isinf(prior) or not self.own.scatter.diagonal().any():
+            return self
         shift = prior / self.own.count * self.own.scatter.diagonal().mean()
-        return start + _solved(self.evidence, self.own.scatter, shift, self.crossed.scatter - products)
+        factor, shift = shifted_factor(self.evidence, self.own.scatter, shift)
+        change = torch.cholesky_solve((self.crossed.scatter - self.products).mT, factor).mT
+        # (weight + change) G, as change (G + shift I) = crossed - products.
+        return replace(self, weight=self.weight + change, products=self.crossed.scatter - shift * change)
 
-    def shift(self, weight: Tensor) -> Tensor:
-        """(out,) the intercept that goes with a weight."""
-        return self.crossed.mean - weight @ self.own.mean
+    def intercept(self) -> Tensor:
+        """(out,) what goes with the weight."""
+        return self.crossed.mean - self.weight @ self.own.mean
 
     def error(self, weight: Tensor) -> float:
         """Sum of squares that a weight leaves of T, each output channel about its own mean."""
@@ -229,13 +224,6 @@ def _crossed_with(evidence: Evidence, channels: Tensor, target: str) -> Crossed:
     """Moments of a target and the kept channels."""
     found = evidence.crossed(target)
     return replace(found, scatter=found.scatter.index_select(1, channels))
-
-
-def _solved(evidence: Evidence, gram: Tensor, shift: Tensor, right: Tensor) -> Tensor:
-    """Right (gram + shift I)⁻¹; zero where no channel varies, as there is nothing to fit then."""
-    if not gram.diagonal().any():
-        return torch.zeros_like(right)
-    return torch.cholesky_solve(right.mT, shifted_factor(evidence, gram, shift)[0]).mT
 
 
 def shifted_factor(evidence: Evidence, gram: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,17 +45,18 @@ def plain(units: Units, evidence: Evidence, keep: int) -> Decision:
     return Decision(kept, channels, Refit(*recover.none(evidence, channels)))
 
 
-def cut_by_hand(model: nn.Module, units: Units, decision: Decision) -> nn.Module:
+def cut_by_hand(model: nn.Module, *cuts: tuple[Units, Decision]) -> nn.Module:
     """The model with the channels that go multiplied by zero."""
     cut = copy.deepcopy(model)
-    site = units.site
-    weight = tensor_at(cut, site.parameter)
-    whole = torch.zeros(weight.shape[site.out_dim], site.channels, dtype=weight.dtype)
-    whole[:, decision.channels] = decision.refit.weight
-    with torch.no_grad():
-        weight.copy_(whole if site.in_dim == 1 else whole.T)
-        if decision.refit.bias is not None and site.bias is not None:
-            tensor_at(cut, site.bias).copy_(decision.refit.bias)
+    for units, decision in cuts:
+        site = units.site
+        weight = tensor_at(cut, site.parameter)
+        whole = torch.zeros(weight.shape[site.out_dim], site.channels, dtype=weight.dtype)
+        whole[:, decision.channels] = decision.refit.weight
+        with torch.no_grad():
+            weight.copy_(whole if site.in_dim == 1 else whole.T)
+            if decision.refit.bias is not None and site.bias is not None:
+                tensor_at(cut, site.bias).copy_(decision.refit.bias)
     return cut
 
 
@@ -89,13 +90,45 @@ def test_harm_is_the_divergence_of_the_model_cut_by_hand(family: str, batch: int
         decisions[u.site.name, keep] = plain(u, evidence, keep)
         return decisions[u.site.name, keep]
 
-    found = harm.measure(made.structure, IDS.split(batch), units, widths, decide, tokens=9 * count, power=power)
+    found = harm.measure(
+        made.structure, IDS.split(batch), units, widths, decide, tokens=9 * count, power=power, together=False
+    )
     for u in units:
         for keep in set(widths[u.site.name]):
-            cut = cut_by_hand(made.model, u, decisions[u.site.name, keep])
+            cut = cut_by_hand(made.model, (u, decisions[u.site.name, keep]))
             expected = divergence(made.model, cut, IDS[:count], power)
             assert found[u.site.name][keep] == pytest.approx(expected, rel=1e-3, abs=1e-6)
             assert expected > 1e-6
+
+
+@every_family
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_harms_of_a_kind_add_up_to_what_its_cuts_do_together(family: str, power: float) -> None:
+    made = decoder(family, **FINE[family])
+    units = [units_of(made.structure, s) for s in made.structure.prunable_sites()]
+    # The second site, channels, has no second width: levels count from the narrowest.
+    widths = {u.site.name: sorted({1, 1 if u is units[1] else u.block_size - 1}, reverse=True) for u in units}
+    decisions: dict[tuple[str, int], Decision] = {}
+
+    def decide(u: Units, evidence: Evidence, keep: int) -> Decision:
+        decisions[u.site.name, keep] = plain(u, evidence, keep)
+        return decisions[u.site.name, keep]
+
+    def measured(together: bool) -> harm.Library:
+        return harm.measure(made.structure, [IDS], units, widths, decide, tokens=99, power=power, together=together)
+
+    found, alone = measured(True), measured(False)
+    for kind, rank in itertools.product({u.site.kind for u in units}, (0, 1)):
+        mine = [(u, sorted(widths[u.site.name])) for u in units if u.site.kind == kind]
+        level = [(u, tried[rank]) for u, tried in mine if rank < len(tried)]
+        if not level:  # blocks of two heads have one width only
+            continue
+        cut = cut_by_hand(made.model, *((u, decisions[u.site.name, k]) for u, k in level))
+        expected = divergence(made.model, cut, IDS, power)
+        assert sum(found[u.site.name][k] for u, k in level) == pytest.approx(expected, rel=1e-3)
+        factors = [found[u.site.name][k] / alone[u.site.name][k] for u, k in level]
+        assert factors == pytest.approx([factors[0]] * len(level))
+        assert factors[0] != pytest.approx(1, rel=1e-3)
 
 
 def test_cuts_are_decided_from_all_tokens_of_the_dense_model() -> None:
