@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,20 +46,15 @@ from slimgraph.recipe import Recipe, method
 from slimgraph.tasks import PAPER_METRICS
 
 BASELINE, OWN = "SlimLLM", "Slimgraph"
-MORE = f"{OWN}, 256 written"
 LOCAL = LeastSquares("local")
 STREAM = LeastSquares("stream")
 
 
-def by_harm(recovery: Pass, written: int = 0, **fields: Any) -> Maker:
-    """Widths by harm, decided from all samples, on the given samples and on some that the model writes."""
-
-    def make(ratio: float, *_: Any) -> Recipe:
-        more = (SelfCalibration(written),) if written else ()
-        allocation = HarmAllocation(ratio=ratio, samples=None, spare_last=0.0, **fields)
-        return Recipe((*more, Pearson(), FeatureSpace(), recovery, allocation, Sweep(), Verify()))
-
-    return make
+def by_harm(recovery: Pass) -> Maker:
+    """SlimLLM with widths by harm and a recovery."""
+    return lambda ratio, *_: Recipe(
+        (Pearson(), FeatureSpace(), recovery, HarmAllocation(ratio=ratio), Sweep(), Verify())
+    )
 
 
 def written(samples: int, recovery: Pass) -> Maker:
@@ -67,17 +62,17 @@ def written(samples: int, recovery: Pass) -> Maker:
     return lambda *given: Recipe((SelfCalibration(samples), *slimllm(*given, recovery=recovery).passes))
 
 
-def own(changed: Mapping[type[Pass], Mapping[str, Any]]) -> Maker:
-    """Slimgraph with some fields of its passes changed."""
+def own(name: str, change: Callable[..., Pass | None]) -> Maker:
+    """Slimgraph with the pass of this name changed, or left out where the change is None."""
 
-    def make(ratio: float, *_: Any) -> Recipe:
-        passes = method("slimgraph", ratio).passes
-        return Recipe(tuple(replace(p, **changed.get(type(p), {})) for p in passes))
+    def make(*given: Any) -> Recipe:
+        passes = method("slimgraph", given[0]).passes
+        changed = [change(p, *given) if p.name == name else p for p in passes]
+        return Recipe(tuple(p for p in changed if p is not None))
 
     return make
 
 
-MEAN: dict[str, Any] = {"power": 1.0, "tokens": 1024}
 IDEAS: dict[str, Maker] = {
     BASELINE: lambda *given: slimllm(*given),
     "full fit, local target": lambda *given: slimllm(*given, recovery=LOCAL),
@@ -88,19 +83,22 @@ IDEAS: dict[str, Maker] = {
         *given, recovery=LeastSquares("stream", correction=8192.0)
     ),
     "regression, dense target and stream": lambda *given: slimllm(*given, recovery=LeastSquares("stream", math.inf)),
-    "widths by mean harm": by_harm(Regression(), **MEAN),
-    "widths by mean harm, full fit, local target": by_harm(LOCAL, **MEAN),
-    "widths by mean harm, full fit, dense target and stream": by_harm(STREAM, **MEAN),
+    "widths by harm": by_harm(Regression()),
+    "widths by harm, full fit, local target": by_harm(LOCAL),
     "32 written": written(32, Regression()),
     "32 written, full fit, local target": written(32, LOCAL),
-    "32 written, mean harm, full fit, local target": by_harm(LOCAL, 32, power=1.0, tokens=512),
-    "32 written, mean harm, full fit, dense target and stream": by_harm(STREAM, 32, power=1.0, tokens=512),
-    "32 written, root mean square, full fit, local target": by_harm(LOCAL, 32, power=2.0, tokens=1024),
-    "three widths, sweep in float32": own({HarmAllocation: {"widths": (0.15, 0.4, 0.7)}, Sweep: {"dtype": None}}),
-    OWN: own({}),
-    MORE: own({SelfCalibration: {"samples": 256}}),
+    f"{OWN}, nothing written": own("self_calibration", lambda *_: None),
+    f"{OWN}, 64 written": own("self_calibration", lambda p, *_: replace(p, samples=64)),
+    f"{OWN}, SlimLLM's regression": own("least_squares", lambda *_: Regression()),
+    f"{OWN}, local target": own("least_squares", lambda *_: LOCAL),
+    f"{OWN}, SlimLLM's widths": own("harm_allocation", lambda _, *given: slimllm(*given).passes[3]),
+    f"{OWN}, mean of harm": own("harm_allocation", lambda p, *_: replace(p, power=1.0)),
+    f"{OWN}, single harms": own("harm_allocation", lambda p, *_: replace(p, together=False)),
+    f"{OWN}, last layer cut": own("harm_allocation", lambda p, *_: replace(p, spare_last=0.0)),
+    f"{OWN}, sweep in float32": own("sweep", lambda *_: Sweep()),
+    OWN: lambda ratio, *_: method("slimgraph", ratio),
 }
-WHOLE = (BASELINE, OWN, MORE)
+WHOLE = (BASELINE, OWN)
 CURVE: dict[str, tuple[int, int]] = {
     f"{given} given" + (f", {own} written" if own else ""): (given, own)
     for given, own in [(32, 0), (64, 0), (128, 0), (512, 0), (2048, 0), (32, 32), (32, 96), (128, 128)]
@@ -113,7 +111,7 @@ def curve_maker(samples: int) -> Maker:
 
 
 CURVES: dict[str, Maker] = {name: curve_maker(samples) for name, (_, samples) in CURVE.items()}
-for whole, samples in ((BASELINE, 0), (OWN, 64)):
+for whole, samples in ((BASELINE, 0), (OWN, 128)):
     CURVE[f"{whole}, 512 given"] = 512, samples
     CURVES[f"{whole}, 512 given"] = IDEAS[whole]
 MARKERS = ("<!-- accuracy: begin -->", "<!-- accuracy: end -->")

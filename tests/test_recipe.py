@@ -53,6 +53,7 @@ CHANGED: dict[str, dict[str, Any]] = {
         "tokens": 64,
         "samples": 3,
         "power": 1.0,
+        "together": False,
         "spare_last": 0.5,
         "dtype": None,
         "of": "macs",
