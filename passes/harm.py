@@ -53,7 +53,7 @@ class HarmAllocation(_Allocation):
         dtype: in which a float32 model's products are taken: "bfloat16", or None for its own.
     """
 
-    widths: tuple[float, ...] = (0.15,)
+    widths: tuple[float, ...] = (0.25,)
     tokens: int = 1024
     samples: int | None = 64
     power: float = 1.5
