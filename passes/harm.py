@@ -55,7 +55,7 @@ class HarmAllocation(_Allocation):
 
     widths: tuple[float, ...] = (0.25,)
     tokens: int = 1024
-    samples: int | None = 64
+    samples: int | None = 32
     power: float = 1.5
     together: bool = True
     spare_last: float = 0.04

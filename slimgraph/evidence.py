@@ -323,30 +323,29 @@ class Evidence:
         """What a target comes to here: "stream" is "local" where the output is not simply added to the stream."""
         return "local" if target == "stream" and self.twin is not None and self.twin.stream is None else target
 
-    @cached_property
-    def _crossings(self) -> dict[str, Crossed]:
-        return {}
-
-    def crossed(self, target: str) -> Crossed:
+    def crossed(self, target: str, channels: Tensor | None = None) -> Crossed:
         """Moments of a target and the input together, for a fit of all weights; products as for `moments`.
 
         Args:
             target: one of `TARGETS`.
+            channels: (kept,) int64 input channels to take them of; all by default.
         """
         target = self.aim(target)
-        if target not in self._crossings:
-            self._crossings[target] = self._local() if target == "local" else self._cross(target)
-        return self._crossings[target]
+        if target != "local":
+            return self._cross(target, channels)
+        found = self._local
+        return found if channels is None else replace(found, scatter=found.scatter.index_select(1, channels))
 
+    @cached_property
     def _local(self) -> Crossed:
         """The local target is a function of the input: no look at the activations is needed."""
         weight = self.weight.to(self.device, self.precision)
         scatter = weight @ self.moments.scatter.to(self.precision)
         return Crossed(self.projected_mean(), scatter.double(), (scatter * weight).sum(1, dtype=torch.float64))
 
-    def _cross(self, target: str) -> Crossed:
-        middle, out = self.mean, len(self.weight)
-        sums = torch.zeros(out, self.weight.shape[1], dtype=torch.float64, device=self.device)
+    def _cross(self, target: str, channels: Tensor | None) -> Crossed:
+        middle, out = self.mean if channels is None else self.mean[channels], len(self.weight)
+        sums = torch.zeros(out, len(middle), dtype=torch.float64, device=self.device)
         own = torch.zeros(2, out, dtype=torch.float64, device=self.device)
         near = torch.zeros(out, dtype=torch.float64, device=self.device)
         with self.watch("statistics"):
@@ -356,7 +355,8 @@ class Evidence:
                     near, _ = self._near_means(rows, rows)
                 rows = rows - near.to(rows.dtype)
                 own += torch.stack([column_sums(rows), column_sums(rows, rows)])
-                sums += rows.mT @ (x - middle.to(x.dtype))  # X is centred: T's own rest drops out
+                chosen = x if channels is None else x.index_select(1, channels)
+                sums += rows.mT @ (chosen - middle.to(x.dtype))  # X is centred: T's own rest drops out
         rest, squares = self.combine(own)
         return Crossed(near + rest / self.count, self.combine(sums), squares - rest.square() / self.count)
 

@@ -19,7 +19,7 @@ from slimgraph.trace import evaluating
 
 __all__ = ["can_generate", "generate"]
 
-_TOGETHER = 64  # samples that are written at once
+_TOGETHER = 128  # samples that are written at once
 _BLOCK = 256  # tokens whose probabilities are added up first
 
 

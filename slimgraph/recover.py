@@ -187,7 +187,7 @@ class _System:
     def of(cls, evidence: Evidence, channels: Tensor, target: str) -> _System:
         """The fit of a target, to be shrunk towards the regression."""
         channels = channels.to(evidence.device)
-        own, crossed = evidence.moments.restrict(channels), _crossed_with(evidence, channels, target)
+        own, crossed = evidence.moments.restrict(channels), evidence.crossed(target, channels)
         weight = evidence.weight.to(evidence.device, torch.float64).index_select(1, channels)
         products = weight @ own.scatter
         variance = (products * weight).sum(1)
@@ -197,7 +197,7 @@ class _System:
 
     def aimed_at(self, target: str, channels: Tensor) -> _System:
         """The same channels and the same weight to start from, with another target."""
-        return replace(self, crossed=_crossed_with(self.evidence, channels.to(self.evidence.device), target))
+        return replace(self, crossed=self.evidence.crossed(target, channels.to(self.evidence.device)))
 
     def solved(self, prior: float) -> _System:
         """From the weight that minimises the error when the one to start from counts as so many tokens."""
@@ -218,12 +218,6 @@ class _System:
         """Sum of squares that a weight leaves of T, each output channel about its own mean."""
         explained = (weight * (2 * self.crossed.scatter - weight @ self.own.scatter)).sum()
         return float(self.crossed.squares.sum() - explained)
-
-
-def _crossed_with(evidence: Evidence, channels: Tensor, target: str) -> Crossed:
-    """Moments of a target and the kept channels."""
-    found = evidence.crossed(target)
-    return replace(found, scatter=found.scatter.index_select(1, channels))
 
 
 def shifted_factor(evidence: Evidence, gram: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

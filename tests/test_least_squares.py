@@ -243,6 +243,11 @@ def test_crossed_moments_are_those_of_the_target(case: tuple[RawSite, Tensor], t
     close(found.mean, t.mean(0))
     close(found.scatter, centred.T @ (site.x - site.x.mean(0)))
     close(found.squares, centred.square().sum(0))
+    some = torch.tensor([3, 0])  # in the order asked for
+    part = evidence.crossed(target, some)
+    close(part.scatter, found.scatter[:, some])
+    close(part.mean, found.mean)
+    close(part.squares, found.squares)
 
 
 @pytest.mark.parametrize(("target", "twin"), [("wide", True), ("dense", False), ("stream", False)])
