@@ -97,7 +97,7 @@ def measure(
         raise CalibrationError("no calibration tokens; expected at least one sequence")
     graph_module = structure.analysis.graph_module
     starts = [structure.boundaries()[0][0], *(after for _, after in structure.boundaries()[:-1])]
-    cuts = _decided(structure, batches, units, widths, decide, dtype, combine, watch or Stopwatch())
+    cuts = _decided(structure, batches, units, widths, decide, dtype, combine, watch or Stopwatch(), progress)
     first = batches[0]
     probe = _Probe(graph_module, first if is_static(graph_module) else first[: max(1, tokens // first.shape[1])], dtype)
     found: dict[str, dict[int, float]] = {u.site.name: {} for u in units}
@@ -170,6 +170,7 @@ def _decided(
     dtype: torch.dtype | None,
     combine: Combine,
     watch: Stopwatch,
+    progress: Progress | None,
 ) -> dict[int, list[_Cut]]:
     """Layer -> every cut of its sites, from what the dense model holds there; a site outside all layers has none."""
     graph_module = structure.analysis.graph_module
@@ -198,6 +199,8 @@ def _decided(
         observers=norm_observers(tried, norms),
         stops={u.site.node: Stop(u.site.reads, stop_at(u)) for u in tried},
         dtype=dtype,
+        progress=progress,
+        stage="trial cuts",
     )
     return cuts
 
