@@ -430,6 +430,28 @@ def test_cuts_are_decided_from_whole_micro_batches(samples: int | None, expected
     assert set(seen) == {expected * IDS.shape[1]}
 
 
+def test_every_field_of_the_allocation_reaches_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def measured(structure: Any, batches: Any, units: Any, widths: Any, decide: Any, **options: Any) -> harm.Library:
+        seen.update(options, widths=widths)
+        return {u.site.name: {widths[u.site.name][0]: 1.0} for u in units}
+
+    monkeypatch.setattr(harm, "measure", measured)
+    graph = attach(own_graph(decoder()), State(batches=[IDS]))
+    fields: dict[str, Any] = {"tokens": 7, "power": 2.5, "together": False, "widths": (0.3, 0.6)}
+    for step in (Magnitude(), NoRecovery(), HarmAllocation(ratio=0.1, round_to=1, spare_last=0.0, **fields)):
+        step(graph)
+    assert {name: seen[name] for name in ("tokens", "power", "together", "dtype")} == {
+        "tokens": 7,
+        "power": 2.5,
+        "together": False,
+        "dtype": torch.bfloat16,
+    }
+    tried = {u.site.kind: seen["widths"][u.site.name] for u in graph.meta[KEY].units}
+    assert tried == {"heads": [1], "channels": [6, 12]}  # blocks of 2 heads, at least one of which stays; 20 channels
+
+
 MISSING: list[tuple[list[Pass], dict[str, Any], type[Exception], str]] = [
     ([], {}, PlanError, "harm_allocation lacks a fit: put importance and recovery passes before it"),
     ([Magnitude()], {}, PlanError, "harm_allocation lacks a fit: put importance and recovery passes before it"),
