@@ -96,7 +96,8 @@ def measure(
     if not batches or not sum(b.numel() for b in batches):
         raise CalibrationError("no calibration tokens; expected at least one sequence")
     graph_module = structure.analysis.graph_module
-    starts = [structure.boundaries()[0][0], *(after for _, after in structure.boundaries()[:-1])]
+    boundaries = structure.boundaries()
+    starts = [boundaries[0][0], *(after for _, after in boundaries[:-1])]
     cuts = _decided(structure, batches, units, widths, decide, dtype, combine, watch or Stopwatch(), progress)
     first = batches[0]
     probe = _Probe(graph_module, first if is_static(graph_module) else first[: max(1, tokens // first.shape[1])], dtype)
@@ -178,7 +179,7 @@ def _decided(
     norms: dict[str, Norms] = {}
     cuts: dict[int, list[_Cut]] = {}
 
-    def stop_at(u: Units) -> Callable[[Sequence[Tensor]], None]:
+    def stop_at(u: Units, layer: int) -> Callable[[Sequence[Tensor]], None]:
         def stop(inputs: Sequence[Tensor]) -> None:
             evidence = evidence_at(
                 structure, u, inputs, Twin(inputs), norms, partial(tensor_at, graph_module), combine, watch
@@ -188,16 +189,16 @@ def _decided(
                 decision = decide(u, evidence, keep)
                 weight = decision.refit.weight.to(held_in)  # no more is read of it
                 cut = _Cut(u, keep, replace(decision, refit=replace(decision.refit, weight=weight)))
-                cuts.setdefault(u.site.layer or 0, []).append(cut)
+                cuts.setdefault(layer, []).append(cut)
 
         return stop
 
-    tried = [u for u in units if u.site.layer is not None and widths[u.site.name]]
+    tried = [(u, u.site.layer) for u in units if u.site.layer is not None and widths[u.site.name]]
     run(
         graph_module,
         batches,
-        observers=norm_observers(tried, norms),
-        stops={u.site.node: Stop(u.site.reads, stop_at(u)) for u in tried},
+        observers=norm_observers([u for u, _ in tried], norms),
+        stops={u.site.node: Stop(u.site.reads, stop_at(u, layer)) for u, layer in tried},
         dtype=dtype,
         progress=progress,
         stage="trial cuts",
@@ -255,13 +256,16 @@ class _Probe:
         cuts: Mapping[str, Callable[[Parking], None]] | None = None,
         start: tuple[str, Parking] | None = None,
     ) -> None:
-        """Run the samples to the logits; somebody looks at these always, so that all values on the way are kept."""
+        """Run the samples to every fourth logit; somebody looks at these always, so that all on the way is kept."""
+        few = {}
+        if self._last is not None:
+            few[self._last.name] = Stop(self._last.all_input_nodes[0].name, lambda _: self._few_positions)
         run(
             self.graph_module,
             [self.ids],
             weights=self._weights,
             observers=[Observer(self._logits.name, (self._logits.name,), look)],
-            stops=stops,
+            stops={**(stops or {}), **few},
             cuts=cuts,
             start=start,
             dtype=self.dtype,
@@ -271,8 +275,6 @@ class _Probe:
         """(positions, vocabulary) of every fourth position with sites cut; from a node and its values, if given."""
         found: list[Tensor] = []
         stops = {c.units.site.node: _in_place(c) for c in cuts}
-        if self._last is not None:
-            stops[self._last.name] = Stop(self._last.all_input_nodes[0].name, lambda _: self._few_positions)
         if start is None:
             self.run(look=found.append, stops=stops)
         else:
