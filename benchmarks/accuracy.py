@@ -89,8 +89,9 @@ IDEAS: dict[str, Maker] = {
     "32 written, full fit, local target": written(32, LOCAL),
     f"{OWN}, nothing written": own("self_calibration", lambda *_: None),
     f"{OWN}, 64 written": own("self_calibration", lambda p, *_: replace(p, samples=64)),
+    f"{OWN}, 128 written": own("self_calibration", lambda p, *_: replace(p, samples=128)),
     f"{OWN}, SlimLLM's regression": own("least_squares", lambda *_: Regression()),
-    f"{OWN}, local target": own("least_squares", lambda *_: LOCAL),
+    f"{OWN}, then the stream": own("least_squares", lambda *_: LeastSquares("stream", correction=8192.0)),
     f"{OWN}, SlimLLM's widths": own("harm_allocation", lambda _, *given: slimllm(*given).passes[3]),
     f"{OWN}, mean of harm": own("harm_allocation", lambda p, *_: replace(p, power=1.0)),
     f"{OWN}, single harms": own("harm_allocation", lambda p, *_: replace(p, together=False)),
@@ -111,7 +112,7 @@ def curve_maker(samples: int) -> Maker:
 
 
 CURVES: dict[str, Maker] = {name: curve_maker(samples) for name, (_, samples) in CURVE.items()}
-for whole, samples in ((BASELINE, 0), (OWN, 128)):
+for whole, samples in ((BASELINE, 0), (OWN, 192)):
     CURVE[f"{whole}, 512 given"] = 512, samples
     CURVES[f"{whole}, 512 given"] = IDEAS[whole]
 MARKERS = ("<!-- accuracy: begin -->", "<!-- accuracy: end -->")

@@ -29,7 +29,7 @@ class SelfCalibration(Pass):
         seed: of the sampling and the mixing.
     """
 
-    samples: int = 128
+    samples: int = 192
     temperature: float = 1.0
     dtype: str | None = "bfloat16"
     seed: int = 0

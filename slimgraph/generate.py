@@ -19,7 +19,8 @@ from slimgraph.trace import evaluating
 
 __all__ = ["can_generate", "generate"]
 
-_TOGETHER = 128  # samples that are written at once
+_TOGETHER = 256  # samples that are written at once
+_ROWS = 8  # samples whose probabilities are in the cache at once
 _BLOCK = 256  # tokens whose probabilities are added up first
 
 
@@ -135,6 +136,13 @@ def _draw(logits: Tensor, never: Sequence[int], dice: torch.Generator) -> Tensor
     Raises:
         NumericsError: the probabilities are not finite.
     """
+    drawn = [_drawn(rows, never, dice) for rows in torch.split(logits, _ROWS)]
+    return logits.scatter_(1, torch.cat(drawn), torch.inf)
+
+
+def _drawn(logits: Tensor, never: Sequence[int], dice: torch.Generator) -> Tensor:
+    """(rows, 1) int64, a token for each row."""
+    logits = logits.clone()
     logits[:, [token for token in never if token < logits.shape[1]]] = -torch.inf
     probabilities = torch.nn.functional.pad(logits.softmax(-1), (0, -logits.shape[1] % _BLOCK))
     blocks = probabilities.reshape(len(logits), -1, _BLOCK)
@@ -146,5 +154,4 @@ def _draw(logits: Tensor, never: Sequence[int], dice: torch.Generator) -> Tensor
     block = torch.searchsorted(reached, wanted, right=True)
     inside = blocks.take_along_dim(block[:, :, None], 1)[:, 0].double().cumsum(-1)
     rest = wanted - (reached.take_along_dim(block, 1) - inside[:, -1:])
-    chosen = block * _BLOCK + torch.searchsorted(inside, rest, right=True)
-    return logits.scatter_(1, chosen, torch.inf)
+    return block * _BLOCK + torch.searchsorted(inside, rest, right=True)

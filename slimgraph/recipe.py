@@ -126,8 +126,7 @@ def method(
         return Recipe((Pearson(), FeatureSpace(), _recovery(recovery or "regression"), allocation, Sweep(), Verify()))
     if name == "slimgraph":
         harm = HarmAllocation(ratio=ratio, heads=heads, round_to=round_to)
-        fit = LeastSquares("stream", correction=8192.0) if recovery is None else _recovery(recovery)
-        sweep = Sweep(dtype="bfloat16")
+        fit, sweep = _recovery(recovery or "least_squares"), Sweep(dtype="bfloat16")
         return Recipe((SelfCalibration(seed=seed), Pearson(), FeatureSpace(), fit, harm, sweep, Verify()))
     if name == "flap":
         ranked = FluctuationAllocation(ratio=ratio, heads=heads, round_to=round_to)

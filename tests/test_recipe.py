@@ -133,7 +133,7 @@ def test_methods_are_these_recipes() -> None:
     cosine, uniform = CosineAllocation(ratio=0.2, **OPTIONS), UniformAllocation(ratio=0.2, **OPTIONS)
     inner = UniformAllocation(ratio=0.2, spare_first=0.125, spare_last=0.0625, **OPTIONS)
     harm = HarmAllocation(ratio=0.2, **OPTIONS)
-    fit, low = LeastSquares("stream", correction=8192.0), Sweep(dtype="bfloat16")
+    fit, low = LeastSquares(), Sweep(dtype="bfloat16")
     expected = {
         "slimgraph": (SelfCalibration(seed=5), Pearson(), FeatureSpace(), fit, harm, low, Verify()),
         "slimllm": (Pearson(), FeatureSpace(), Regression(), cosine, Sweep(), Verify()),
