@@ -32,7 +32,9 @@ from cells import (
 from results import write_between_markers
 
 from slimgraph.passes import (
+    Elimination,
     FeatureSpace,
+    FluctuationAllocation,
     HarmAllocation,
     LeastSquares,
     Pass,
@@ -40,6 +42,7 @@ from slimgraph.passes import (
     Regression,
     SelfCalibration,
     Sweep,
+    UniformAllocation,
     Verify,
 )
 from slimgraph.recipe import Recipe, method
@@ -55,6 +58,11 @@ def by_harm(recovery: Pass) -> Maker:
     return lambda ratio, *_: Recipe(
         (Pearson(), FeatureSpace(), recovery, HarmAllocation(ratio=ratio), Sweep(), Verify())
     )
+
+
+def eliminated(swaps: int) -> Maker:
+    """SlimLLM's widths, units by backward elimination, and the full fit that it goes with."""
+    return lambda *given: Recipe((Elimination(swaps=swaps), *slimllm(*given, recovery=LOCAL).passes[2:]))
 
 
 def written(samples: int, recovery: Pass) -> Maker:
@@ -83,6 +91,8 @@ IDEAS: dict[str, Maker] = {
         *given, recovery=LeastSquares("stream", correction=8192.0)
     ),
     "regression, dense target and stream": lambda *given: slimllm(*given, recovery=LeastSquares("stream", math.inf)),
+    "full fit, local target, elimination": eliminated(0),
+    "full fit, local target, elimination and 64 swaps": eliminated(64),
     "widths by harm": by_harm(Regression()),
     "widths by harm, full fit, local target": by_harm(LOCAL),
     "32 written": written(32, Regression()),
@@ -93,6 +103,8 @@ IDEAS: dict[str, Maker] = {
     f"{OWN}, SlimLLM's regression": own("least_squares", lambda *_: Regression()),
     f"{OWN}, then the stream": own("least_squares", lambda *_: LeastSquares("stream", correction=8192.0)),
     f"{OWN}, SlimLLM's widths": own("harm_allocation", lambda _, *given: slimllm(*given).passes[3]),
+    f"{OWN}, FLAP's widths": own("harm_allocation", lambda _, ratio, *__: FluctuationAllocation(ratio=ratio)),
+    f"{OWN}, all layers alike": own("harm_allocation", lambda _, ratio, *__: UniformAllocation(ratio=ratio)),
     f"{OWN}, mean of harm": own("harm_allocation", lambda p, *_: replace(p, power=1.0)),
     f"{OWN}, single harms": own("harm_allocation", lambda p, *_: replace(p, together=False)),
     f"{OWN}, last layer cut": own("harm_allocation", lambda p, *_: replace(p, spare_last=0.0)),

@@ -141,8 +141,7 @@ def _draw(logits: Tensor, never: Sequence[int], dice: torch.Generator) -> Tensor
 
 
 def _drawn(logits: Tensor, never: Sequence[int], dice: torch.Generator) -> Tensor:
-    """(rows, 1) int64, a token for each row."""
-    logits = logits.clone()
+    """(rows, 1) int64, a token for each row; those that are never drawn get a logit of minus infinity."""
     logits[:, [token for token in never if token < logits.shape[1]]] = -torch.inf
     probabilities = torch.nn.functional.pad(logits.softmax(-1), (0, -logits.shape[1] % _BLOCK))
     blocks = probabilities.reshape(len(logits), -1, _BLOCK)
