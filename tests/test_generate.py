@@ -44,6 +44,13 @@ def test_a_cold_model_writes_what_is_likeliest(family: str) -> None:
     assert written.equal(expected)
 
 
+def test_a_model_that_keeps_no_cache_reads_all_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_with()
+    written, forward = generate(model, SAME_START, 4), model.forward
+    monkeypatch.setattr(model, "forward", lambda **given: forward(**{**given, "use_cache": False}))
+    assert generate(model, SAME_START, 4).equal(written)
+
+
 def test_samples_follow_the_models_distribution() -> None:
     """The second token's frequencies are its probabilities."""
     model = model_with(eos_token_id=None)
@@ -62,7 +69,7 @@ def test_a_drawn_token_is_drawn_as_often_as_it_is_likely() -> None:
     never = [5, 699]
     dice = torch.Generator().manual_seed(1)
     rows = [wanted.expand(4000, size).clone() for _ in range(count // 4000)]
-    found = torch.bincount(torch.cat([_draw(r, never, dice).argmax(-1) for r in rows]), minlength=size)
+    found = torch.bincount(torch.cat([_draw(r, 1.0, never, dice).flatten() for r in rows]), minlength=size)
     wanted[never] = -torch.inf
     expected = wanted.softmax(-1) * count
     assert not found[never].any()
