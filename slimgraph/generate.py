@@ -57,7 +57,7 @@ def generate(
         (samples, tokens) int64, on the device of `like`.
 
     Raises:
-        CalibrationError: the model cannot generate.
+        CalibrationError: the model cannot generate, or fails when it tries.
         NumericsError: its probabilities are not finite.
     """
     if not can_generate(model):
@@ -102,7 +102,7 @@ def _write(model: Any, first: Tensor, length: int, temperature: float, dice: tor
     written, cache = [first], None
     for _ in range(length - 1):
         unread = torch.cat(written, 1) if cache is None else written[-1]
-        made = model(input_ids=unread, past_key_values=cache, use_cache=True)
+        made = _forward(model, input_ids=unread, past_key_values=cache, use_cache=True)
         cache = getattr(made, "past_key_values", None)  # some keep none, and read all again
         try:
             written.append(_draw(made.logits[:, -1], temperature, never, dice))
@@ -110,6 +110,16 @@ def _write(model: Any, first: Tensor, length: int, temperature: float, dice: tor
             raise NumericsError(f"{type(model).__name__} cannot write text: {error}") from error
         tick()
     return torch.cat(written, 1)
+
+
+def _forward(model: Any, **given: Any) -> Any:
+    try:
+        return model(**given)
+    except Exception as error:  # whatever somebody else's model makes of being asked for a cache
+        raise CalibrationError(
+            f"{type(model).__name__} cannot write text: {type(error).__name__}: {error}; expected a model that goes on "
+            "token by token: calibrate with given text only"
+        ) from error
 
 
 def _draw(logits: Tensor, temperature: float, never: Sequence[int], dice: torch.Generator) -> Tensor:

@@ -138,6 +138,21 @@ def test_a_model_that_cannot_write_is_refused() -> None:
         generate(Toy(), IDS, 2)
 
 
+def test_a_model_that_fails_token_by_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_with()
+    forward = model.forward
+
+    def once(**given: Any) -> Any:
+        if given["past_key_values"] is not None:
+            raise ValueError("no second token")
+        return forward(**given)
+
+    monkeypatch.setattr(model, "forward", once)
+    message = "LlamaForCausalLM cannot write text: ValueError: no second token; expected a model that goes on"
+    with pytest.raises(CalibrationError, match=message):
+        generate(model, SAME_START, 2)
+
+
 def test_a_broken_model_is_refused() -> None:
     model = model_with()
     with torch.no_grad():
