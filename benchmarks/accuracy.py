@@ -50,7 +50,7 @@ from slimgraph.tasks import PAPER_METRICS
 
 BASELINE, OWN = "SlimLLM", "Slimgraph"
 LOCAL = LeastSquares("local")
-STREAM = LeastSquares("stream")
+STREAM, CORRECTED = LeastSquares("stream"), LeastSquares("stream", correction=8192.0)
 
 
 def by_harm(recovery: Pass) -> Maker:
@@ -87,9 +87,7 @@ IDEAS: dict[str, Maker] = {
     "full fit, dense target": lambda *given: slimllm(*given, recovery=LeastSquares("dense")),
     "full fit, dense target and stream": lambda *given: slimllm(*given, recovery=STREAM),
     "the same, weak prior (410 tokens)": lambda *given: slimllm(*given, recovery=LeastSquares("stream", 409.6)),
-    "full fit, local target, then the stream": lambda *given: slimllm(
-        *given, recovery=LeastSquares("stream", correction=8192.0)
-    ),
+    "full fit, local target, then the stream": lambda *given: slimllm(*given, recovery=CORRECTED),
     "regression, dense target and stream": lambda *given: slimllm(*given, recovery=LeastSquares("stream", math.inf)),
     "full fit, local target, elimination": eliminated(0),
     "full fit, local target, elimination and 64 swaps": eliminated(64),
@@ -101,7 +99,7 @@ IDEAS: dict[str, Maker] = {
     f"{OWN}, 64 written": own("self_calibration", lambda p, *_: replace(p, samples=64)),
     f"{OWN}, 128 written": own("self_calibration", lambda p, *_: replace(p, samples=128)),
     f"{OWN}, SlimLLM's regression": own("least_squares", lambda *_: Regression()),
-    f"{OWN}, then the stream": own("least_squares", lambda *_: LeastSquares("stream", correction=8192.0)),
+    f"{OWN}, then the stream": own("least_squares", lambda *_: CORRECTED),
     f"{OWN}, SlimLLM's widths": own("harm_allocation", lambda _, *given: slimllm(*given).passes[3]),
     f"{OWN}, FLAP's widths": own("harm_allocation", lambda _, ratio, *__: FluctuationAllocation(ratio=ratio)),
     f"{OWN}, all layers alike": own("harm_allocation", lambda _, ratio, *__: UniformAllocation(ratio=ratio)),
@@ -124,7 +122,7 @@ def curve_maker(samples: int) -> Maker:
 
 
 CURVES: dict[str, Maker] = {name: curve_maker(samples) for name, (_, samples) in CURVE.items()}
-for whole, samples in ((BASELINE, 0), (OWN, 192)):
+for whole, samples in ((BASELINE, 0), (OWN, SelfCalibration().samples)):
     CURVE[f"{whole}, 512 given"] = 512, samples
     CURVES[f"{whole}, 512 given"] = IDEAS[whole]
 MARKERS = ("<!-- accuracy: begin -->", "<!-- accuracy: end -->")
@@ -132,22 +130,20 @@ CURVE_MARKERS = ("<!-- calibration: begin -->", "<!-- calibration: end -->")
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
-    """The whole methods first, then what their parts do with the first seed; or how much text it takes."""
+    """Seed by seed, the whole methods first; or how much text it takes."""
     chosen = [name for name in (CURVE if options.curve else IDEAS) if not options.ideas or name in options.ideas]
     if options.curve:
         for model, _ in options.model:
             for share in options.shares:
                 yield from (curve_cell(model, share, name, options.seeds[0]) for name in chosen)
         return
-    for model, _ in options.model:
-        yield Cell(model, 0.0, DENSE, options.seeds[0])
-        for share in options.shares:
-            yield from (cell(model, share, name, options.seeds[0]) for name in WHOLE if name in chosen)
+    yield from (Cell(model, 0.0, DENSE, options.seeds[0]) for model, _ in options.model)
+    whole, parts = [n for n in chosen if n in WHOLE], [n for n in chosen if n not in WHOLE]
     for seed in options.seeds:
-        for model, _ in options.model:
-            for share in options.shares:
-                alone = [n for n in chosen if seed == options.seeds[0] or n in WHOLE]
-                yield from (cell(model, share, name, seed) for name in alone)
+        for names in (whole, parts):
+            for model, _ in options.model:
+                for share in options.shares:
+                    yield from (cell(model, share, name, seed) for name in names)
 
 
 def cell(model: str, share: float, name: str, seed: int) -> Cell:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from slimgraph.errors import CalibrationError, NumericsError
+from slimgraph.moments import row_slices
 from slimgraph.progress import SILENT, Progress
 from slimgraph.trace import evaluating
 
 __all__ = ["can_generate", "generate"]
 
 _TOGETHER = 256  # samples that are written at once
-_IN_CACHE = 1 << 19  # logits that are looked at at a time
 _BLOCK = 256  # tokens whose probabilities are added up first
 
 
@@ -136,20 +136,16 @@ def _draw(logits: Tensor, temperature: float, never: Sequence[int], dice: torch.
     Raises:
         NumericsError: the probabilities are not finite.
     """
-    step = max(1, _IN_CACHE // logits.shape[1])
-    return torch.cat([_drawn(rows.float() / temperature, never, dice) for rows in torch.split(logits, step)])
+    return torch.cat([_drawn(logits[at].float() / temperature, never, dice) for at in row_slices(logits)])
 
 
 def _drawn(logits: Tensor, never: Sequence[int], dice: torch.Generator) -> Tensor:
-    """A token for each row, where a random share of the total is reached: first the block of tokens, then it in there.
+    """A token for each row, where a random share of the total is reached: first the block of tokens, then the token.
 
     Shares reached are float64, so that the last of many tokens has its own.
     """
     logits[:, [token for token in never if token < logits.shape[1]]] = -torch.inf
-    short = -logits.shape[1] % _BLOCK
-    probabilities = logits.softmax(-1)
-    if short:
-        probabilities = torch.nn.functional.pad(probabilities, (0, short))
+    probabilities = torch.nn.functional.pad(logits.softmax(-1), (0, -logits.shape[1] % _BLOCK))
     blocks = probabilities.reshape(len(logits), -1, _BLOCK)
     reached = blocks.sum(-1).double().cumsum(-1)
     if not torch.isfinite(reached[:, -1]).all():

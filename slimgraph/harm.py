@@ -20,7 +20,7 @@ precision if that is faster.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from slimgraph.errors import CalibrationError
 from slimgraph.evidence import Combine, Evidence, Twin, alone
 from slimgraph.execute import Observer, Parking, Stop, feeds_products, lower, run
 from slimgraph.groups import Structure
-from slimgraph.moments import Norms
+from slimgraph.moments import Norms, row_slices
 from slimgraph.progress import SILENT, Progress, Stopwatch
 from slimgraph.sweep import Decision, evidence_at, norm_observers, projection
 from slimgraph.trace import is_static, tensor_at
@@ -44,7 +44,6 @@ Library = Mapping[str, Mapping[int, float]]
 """Site name -> units kept per block -> harm, a mean of KL divergences from the dense model, in nats."""
 
 _STRIDE = 4  # every so many positions the logits are looked at
-_TOGETHER = 1 << 19  # logits that are looked at at a time
 _SAME_SHAPE = {  # what models put between the last product and the logits, element by element
     torch.ops.aten.clone.default,
     torch.ops.aten.div.Tensor,
@@ -292,7 +291,7 @@ class _Probe:
     def _expected(self, logits: Tensor) -> Tensor:
         """(positions,) float32, log-probability of the dense model's next token."""
         return torch.cat(
-            [torch.linalg.vecdot(self._dense[at], logits[at].float().log_softmax(-1)) for at in _row_slices(logits)]
+            [torch.linalg.vecdot(self._dense[at], logits[at].float().log_softmax(-1)) for at in row_slices(logits)]
         )
 
     def _few_positions(self, x: Tensor) -> Tensor:
@@ -306,12 +305,6 @@ class _Probe:
 
 def _in_place(cut: _Cut) -> Stop:
     return Stop(cut.units.site.reads, lambda _: projection(cut.decision))
-
-
-def _row_slices(values: Tensor) -> Iterator[slice]:
-    """Slices that cover the rows, so that what is worked out of some of them stays in the cache."""
-    step = max(1, _TOGETHER // values.shape[1])
-    return (slice(i, i + step) for i in range(0, len(values), step))
 
 
 def _last_product(node: fx.Node) -> fx.Node | None:

@@ -10,7 +10,7 @@ activations (which are upcast first), in float64 for float64 activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from slimgraph.errors import CalibrationError, NumericsError
 
-__all__ = ["Moments", "Norms", "as_rows", "column_sums"]
+__all__ = ["Moments", "Norms", "as_rows", "column_sums", "row_slices"]
 
 _ROWS = 256  # tokens that are added up at a time: a few megabytes
 _COLUMNS = 256  # channels whose products with all that follow are taken at a time
+_VALUES = 1 << 19  # of wide rows, that are looked at at a time
 
 
 @dataclass(eq=False)
@@ -236,6 +237,12 @@ def as_rows(x: Tensor, channels: int) -> Tensor:
         raise ValueError(f"expected floating-point activations (..., {channels}), got {x.dtype} {tuple(x.shape)}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.detach().reshape(x.shape[:-1].numel(), channels).to(dtype)
+
+
+def row_slices(rows: Tensor) -> Iterator[slice]:
+    """Slices that cover wide rows (rows, values), logits say, so that what is worked out of some stays in the cache."""
+    step = max(1, _VALUES // rows.shape[1])
+    return (slice(i, i + step) for i in range(0, len(rows), step))
 
 
 def column_sums(rows: Tensor, other: Tensor | None = None) -> Tensor:
