@@ -10,10 +10,12 @@ import torch
 from torch import fx
 
 from slimgraph.budget import Budget, Goal, at_factor, solve
+from slimgraph.depth import skip_layers
 from slimgraph.errors import CalibrationError, NumericsError, PlanError, RecipeError
 from slimgraph.groups import Structure
 from slimgraph.passes.base import Pass, register
-from slimgraph.state import State, structure_of
+from slimgraph.plan import Plan
+from slimgraph.state import KEY, State, structure_of
 from slimgraph.sweep import layer_similarity
 from slimgraph.units import units_of
 
@@ -48,8 +50,8 @@ class _Allocation(Pass):
         if self.round_to < 1:
             raise RecipeError(f"{self.name}: round_to is {self.round_to}; expected at least 1")
 
-    def run(self, graph_module: fx.GraphModule, state: State) -> None:
-        """Solve for the unit counts and record them."""
+    def run(self, graph_module: fx.GraphModule, state: State) -> fx.GraphModule | None:
+        """Solve for the unit counts and record them; a graph without the layers that go as a whole, if any do."""
         structure = structure_of(graph_module)
         sites = [s for s in structure.prunable_sites() if self.kinds in ("both", s.kind)]
         if not sites:
@@ -61,6 +63,14 @@ class _Allocation(Pass):
         goal = Goal(structure, state.units, weights, state.sizes, added, self.round_to)
         with state.watch("allocation"):
             state.budget = self.budget(goal, structure, state)
+        skipped = state.budget.skipped
+        if not skipped:
+            return None
+        state.units = [u for u in state.units if u.site.layer is None or structure.layers[u.site.layer] not in skipped]
+        state.plan = state.plan.merged(Plan(skipped=skipped))
+        shorter = skip_layers(structure, skipped)
+        shorter.meta.update({**graph_module.meta, KEY: state})
+        return shorter
 
     def budget(self, goal: Goal, structure: Structure, state: State) -> Budget:
         """How many units stay at each site."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from slimgraph import harm
-from slimgraph.budget import Budget, Goal, keep_at, solve_curves
+from slimgraph.budget import Block, Budget, Goal, keep_at, solve_curves
 from slimgraph.cost import macs
+from slimgraph.depth import skippable
 from slimgraph.errors import CalibrationError, PlanError, RecipeError
 from slimgraph.evidence import Evidence
 from slimgraph.groups import Structure
@@ -44,6 +45,8 @@ class HarmAllocation(_Allocation):
         power: harm is a power mean over their positions: 1 for the mean, 2 for the root mean square, which spares what
             few positions need much.
         together: harms are scaled, kind by kind and width by width, to add up to what all cuts do at once.
+        depth: whole layers compete as well, at the harm that it does to skip one alone. A skipped layer stays in the
+            model's list and hands on what it is given.
         spare_last: share of the layers that stay whole at the end, rounded. What the last layer's heads copy from
             earlier in a text shows in few texts, and no later layer makes up for it.
         of: what `ratio` is a share of: the "parameters" of the whole model; or, for one prompt as long as the
@@ -58,6 +61,7 @@ class HarmAllocation(_Allocation):
     samples: int | None = 32
     power: float = 1.5
     together: bool = True
+    depth: bool = False
     spare_last: float = 0.04
     of: str = "parameters"
     dtype: str | None = "bfloat16"
@@ -85,17 +89,21 @@ class HarmAllocation(_Allocation):
         return dict.fromkeys(layers[: len(layers) - round(self.spare_last * len(layers))], 1.0)
 
     def budget(self, goal: Goal, structure: Structure, state: State) -> Budget:
-        library = self._library(goal, structure, state)
+        shorter = skippable(structure, [structure.layers[i] for i in goal.weights]) if self.depth else {}
+        library = self._library(goal, structure, state, shorter)
         curves = {}
         for u in goal.sites:
             least = min(library[u.site.name], default=u.block_size)  # a single unit has to stay
             step = 1 if u.site.kind == "heads" else self.round_to
             between = {least, *range(least, u.block_size, step), u.block_size}
             curves[u.site.name] = harm.curve(library[u.site.name], u, sorted(between))
-        return solve_curves(goal, curves, self.ratio or 0.0, self._left(goal, state))
+        measure = self._measure(state)
+        left = None if measure is None else self._left(goal, state, measure)
+        blocks = self._blocks(library, structure, state, shorter, measure)
+        return solve_curves(goal, curves, self.ratio or 0.0, left, blocks)
 
-    def _left(self, goal: Goal, state: State) -> Callable[[Mapping[str, int]], float] | None:
-        """What a budget leaves of the resource; None for parameters, which are counted anyway."""
+    def _measure(self, state: State) -> Measure | None:
+        """What a graph takes of the resource; None for parameters, which are counted anyway."""
         if self.of == "parameters":
             return None
         sample = state.batches[0][:1]
@@ -104,7 +112,10 @@ class HarmAllocation(_Allocation):
             "cache": lambda graph: cached_numbers(graph, sample.shape[1]),
             "latency": lambda graph: self._agreed(seconds(graph, sample), state),
         }
-        measure = measures[self.of]
+        return measures[self.of]
+
+    def _left(self, goal: Goal, state: State, measure: Measure) -> Callable[[Mapping[str, int]], float]:
+        """What widths leave of the resource."""
         with state.watch("resources"):
             whole = measure(goal.structure.analysis.graph_module)
             each = per_unit(goal.structure, goal.sites, measure)
@@ -118,12 +129,36 @@ class HarmAllocation(_Allocation):
         return lambda keep: whole - sum(each[name] * (sizes[name] - n) for name, n in keep.items())
 
     @staticmethod
+    def _blocks(
+        library: harm.Library,
+        structure: Structure,
+        state: State,
+        shorter: Mapping[str, fx.GraphModule],
+        measure: Measure | None,
+    ) -> dict[str, Block]:
+        """What each layer does that may go as a whole, given the graph without it."""
+        if not shorter:
+            return {}
+        graph_module = structure.analysis.graph_module
+        found = {}
+        with state.watch("resources"):
+            whole = 0.0 if measure is None else measure(graph_module)
+            for path, graph in shorter.items():
+                gone = dict(graph_module.named_parameters()).keys() - dict(graph.named_parameters()).keys()
+                parameters = sum(state.sizes[name] for name in gone)
+                saves = parameters if measure is None else whole - measure(graph)
+                found[path] = Block(structure.layers.index(path), library[path][0], saves, parameters)
+        return found
+
+    @staticmethod
     def _agreed(value: float, state: State) -> float:
         """The mean over processes, which measure different times and have to decide alike."""
         total, count = state.combine(torch.tensor([value, 1.0], dtype=torch.float64))
         return float(total / count)
 
-    def _library(self, goal: Goal, structure: Structure, state: State) -> harm.Library:
+    def _library(
+        self, goal: Goal, structure: Structure, state: State, layers: Collection[str]
+    ) -> harm.Library:
         fit = state.fit
         if not state.batches:
             raise CalibrationError("harm_allocation needs calibration tokens; found none in the state")
@@ -152,6 +187,7 @@ class HarmAllocation(_Allocation):
                 tokens=self.tokens,
                 power=self.power,
                 together=self.together,
+                layers=layers,
                 dtype=dtype_named(self.dtype),
                 combine=state.combine,
                 watch=state.watch,

@@ -126,6 +126,8 @@ def _cut(
             "a streamed model can be cut by one pass only: its weights are written as soon as they are cut. Leave the "
             "other cutting passes out, or prune in memory"
         )
+    if state.sink is not None and plan.skipped:
+        raise PlanError(f"a streamed model cannot skip layers; found {plan.skipped[0]} in the plan: prune in memory")
     with state.watch("surgery"), torch.no_grad():
         pruned = prune_graph(resolve(structure, plan), refits, stand_in=state.sink.stand_in if state.sink else None)
     state.plan = state.plan.merged(plan)

@@ -13,9 +13,10 @@ from slimgraph.errors import PlanError
 from slimgraph.groups import Structure
 from slimgraph.units import Units, parameter_count
 
-__all__ = ["Budget", "Goal", "at_factor", "keep_at", "solve", "solve_curves", "solve_ranked"]
+__all__ = ["Block", "Budget", "Goal", "at_factor", "keep_at", "solve", "solve_curves", "solve_ranked"]
 
 _CLOSE = 0.01  # of what should go; widths are whole numbers
+_ROUNDING = 1e-9  # likewise, of sums
 _STEPS = 60  # bisection steps; the widths are whole numbers long before
 
 
@@ -25,14 +26,16 @@ class Budget:
 
     Attributes:
         keep: site name -> units kept in each block.
-        unit_ratios: layer -> share of units that was asked for there.
+        unit_ratios: layer -> share of units that was asked for there; 1 where the whole layer goes.
         parameters_before, parameters_after: of the whole model, in parameters, added biases counted.
+        skipped: module paths of layers that go as a whole; what `keep` says of their sites does not matter.
     """
 
     keep: Mapping[str, int]
     unit_ratios: Mapping[int, float]
     parameters_before: int
     parameters_after: int
+    skipped: tuple[str, ...] = ()
 
     @property
     def removed(self) -> float:
@@ -59,6 +62,23 @@ class Goal:
     sizes: Mapping[str, int]
     added: Mapping[str, int]
     round_to: int = 8
+
+
+@dataclass(frozen=True)
+class Block:
+    """A whole layer that may go.
+
+    Attributes:
+        layer: its index.
+        harm: of skipping it, in what the curves of sites are in.
+        saves: how much of the resource goes with it.
+        parameters: how many parameters go with it.
+    """
+
+    layer: int
+    harm: float
+    saves: float
+    parameters: int
 
 
 def keep_at(units: Units, ratio: float, round_to: int) -> int:
@@ -144,12 +164,14 @@ def solve_curves(
     curves: Mapping[str, Mapping[int, float]],
     ratio: float,
     left: Callable[[Mapping[str, int]], float] | None = None,
+    blocks: Mapping[str, Block] | None = None,
 ) -> Budget:
     """Unit counts that remove `ratio` of a resource at the least total harm, as closely as whole units allow.
 
     A knapsack in which every site has one of several widths. On the lower convex hull of each site's curve the steps
     are taken in the order of harm per what they save, which is best for every total that they come to; the last one is
-    cut short where the curve has a width in between.
+    cut short where the curve has a width in between. That a whole layer goes is one more step, after those of its
+    sites that are cheaper; it is left out if it saves more than is still to go.
 
     Args:
         goal: what is solved for; its weights do not matter.
@@ -157,37 +179,104 @@ def solve_curves(
         ratio: share of the resource that goes.
         left: units kept per block at each site -> what is left of the resource, a sum over sites; the parameters of the
             whole model by default.
+        blocks: module path of a layer -> what it does if it goes as a whole; none by default.
 
     Raises:
         PlanError: as for `solve`.
     """
     _wanted(goal, ratio)
+    blocks = blocks or {}
     of = left or (lambda keep: _after(goal, keep))
     whole = {u.site.name: u.block_size for u in goal.sites}
     before = of(whole)
     needed = ratio * before
-    least = of({name: min(curves[name]) for name in whole})
-    if before - least < needed * (1 - _CLOSE):
+    saved = {name: {keep: before - of({**whole, name: keep}) for keep in curves[name]} for name in whole}
+    layers = {path: _Layer(block, _sites(goal, block.layer)) for path, block in blocks.items()}
+    most = before - of({name: min(curves[name]) for name in whole})
+    most += sum(max(0.0, a.block.saves - sum(max(saved[s].values()) for s in a.sites)) for a in layers.values())
+    if most < needed * (1 - _CLOSE):
         raise PlanError(
-            f"ratio {ratio:g} cannot be reached: with every site at its narrowest width, {1 - least / before:.4f} "
+            f"ratio {ratio:g} cannot be reached: with every site at its narrowest width, {most / before:.4f} "
             "goes. Ask for at most that, or try narrower widths"
         )
-    saved = {name: {keep: before - of({**whole, name: keep}) for keep in curves[name]} for name in whole}
-    steps = sorted(step for name in whole for step in _hull_steps(name, saved[name], curves[name]))
-    keep, removed = dict(whole), 0.0
-    for _, name, width in steps:
-        if removed >= needed:
+    keep, skipped = _share_out(curves, saved, layers, needed)
+    gone = sum(blocks[path].parameters for path in skipped)
+    shares = _shares(goal.sites, keep) | {blocks[path].layer: 1.0 for path in skipped}
+    return Budget(keep, shares, sum(goal.sizes.values()), _after(goal, keep) - gone, skipped)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer that may go, and the names of its sites."""
+
+    block: Block
+    sites: Sequence[str]
+
+
+_Step = tuple[float, str, int]  # harm per what is saved, site, width after it; or the path of a layer that goes, 0
+
+
+def _share_out(
+    curves: Mapping[str, Mapping[int, float]],
+    saved: Mapping[str, Mapping[int, float]],
+    layers: Mapping[str, _Layer],
+    needed: float,
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Width of each site and layers that go, by the steps in their order; sites of those layers count as whole."""
+    whole = {name: max(curves[name]) for name in curves}
+    steps = {name: list(_hull_steps(name, saved[name], curves[name])) for name in whole}
+    for path, layer in layers.items():
+        mine = sorted(step for name in layer.sites for step in steps[name])
+        for name in layer.sites:
+            steps[name] = []
+        steps[path] = _with_block(path, layer.block, mine, whole, saved, curves)
+    keep, removed, skipped = dict(whole), 0.0, []
+    for _, name, width in sorted(step for found in steps.values() for step in found):
+        room = needed - removed
+        if room <= _ROUNDING * needed:
             break
-        room = needed - (removed - saved[name][keep[name]])
+        if name in layers:
+            more = layers[name].block.saves - sum(saved[site][keep[site]] for site in layers[name].sites)
+            if more > room + _ROUNDING * needed:  # a layer cannot be cut short, and its sites may have to do without it
+                return _share_out(curves, saved, {p: a for p, a in layers.items() if p != name}, needed)
+            keep |= {site: whole[site] for site in layers[name].sites}
+            skipped.append(name)
+            removed += more
+            continue
+        room += saved[name][keep[name]]
         between = [w for w in curves[name] if width <= w <= keep[name]]
         width = min(between, key=lambda w: abs(saved[name][w] - room)) if saved[name][width] > room else width
         removed += saved[name][width] - saved[name][keep[name]]
         keep[name] = width
-    return Budget(keep, _shares(goal.sites, keep), sum(goal.sizes.values()), _after(goal, keep))
+    return keep, tuple(skipped)
 
 
-def _hull_steps(name: str, saved: Mapping[int, float], curve: Mapping[int, float]) -> Iterator[tuple[float, str, int]]:
-    """Steps of the lower convex hull of harm over parameters saved: (harm per parameter, site, width after it)."""
+def _with_block(
+    path: str,
+    block: Block,
+    steps: list[_Step],
+    whole: Mapping[str, int],
+    saved: Mapping[str, Mapping[int, float]],
+    curves: Mapping[str, Mapping[int, float]],
+) -> list[_Step]:
+    """The steps of a layer's sites, and that all of it goes in place of those that cost more than it does."""
+    while True:
+        keep = {**whole, **{name: width for _, name, width in steps}}
+        at = {name for _, name, _ in steps}
+        more = block.saves - sum(saved[name][keep[name]] for name in at)
+        harm = block.harm - sum(curves[name][keep[name]] for name in at)
+        slope = harm / more if more > 0 else math.inf
+        if not steps or slope > steps[-1][0]:
+            return [*steps, (slope, path, 0)]
+        steps = steps[:-1]
+
+
+def _sites(goal: Goal, layer: int) -> list[str]:
+    return [u.site.name for u in goal.sites if u.site.layer == layer]
+
+
+def _hull_steps(name: str, saved: Mapping[int, float], curve: Mapping[int, float]) -> Iterator[_Step]:
+    """Steps of the lower convex hull of harm over what is saved."""
     hull: list[int] = []
     for width in sorted(curve, reverse=True):
         while len(hull) > 1 and _slope(saved, curve, hull[-2], hull[-1]) >= _slope(saved, curve, hull[-1], width):

@@ -12,6 +12,8 @@ Harms do not add up. What one layer's heads fetch another's can fetch as well, s
 than the sum of the single cuts; the damage of many layers' channels, on the other hand, is much of it the same damage.
 All sites of a kind are therefore cut together as well, and their harms scaled to that.
 
+Depth is one more level: a layer may be skipped, at the harm that this alone does.
+
 The dense model is run once over all calibration tokens, from which the cuts are decided. Then the first few samples go
 through it again, and from the beginning of each layer on to the logits with every cut of the layer's sites, at a lower
 precision if that is faster.
@@ -20,7 +22,7 @@ precision if that is faster.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -34,14 +36,17 @@ from slimgraph.execute import Observer, Parking, Stop, feeds_products, lower, ru
 from slimgraph.groups import Structure
 from slimgraph.moments import Norms, row_slices
 from slimgraph.progress import SILENT, Progress, Stopwatch
-from slimgraph.sweep import Decision, evidence_at, norm_observers, projection
+from slimgraph.sweep import Decision, Projection, evidence_at, norm_observers, projection
 from slimgraph.trace import is_static, tensor_at
 from slimgraph.units import Units
 
 __all__ = ["Library", "curve", "measure"]
 
 Library = Mapping[str, Mapping[int, float]]
-"""Site name -> units kept per block -> harm, a mean of KL divergences from the dense model, in nats."""
+"""Site name -> units kept per block -> harm, a mean of KL divergences from the dense model, in nats.
+
+A layer's module path stands beside the names of sites if it was tried without the layer, under 0.
+"""
 
 _STRIDE = 4  # every so many positions the logits are looked at
 _SAME_SHAPE = {  # what models put between the last product and the logits, element by element
@@ -64,6 +69,7 @@ def measure(
     tokens: int = 1024,
     power: float = 1.5,
     together: bool = True,
+    layers: Collection[str] = (),
     dtype: torch.dtype | None = None,
     combine: Combine = alone,
     watch: Stopwatch | None = None,
@@ -82,6 +88,7 @@ def measure(
         power: harm is the power mean of the positions' divergences: 1 for the mean, 2 for the root mean square.
         together: whether harms are scaled, by one factor for all sites of a kind at their narrowest width, one for the
             next width, and so on, to add up to what all these cuts do at once.
+        layers: module paths of layers that are skipped as a whole, each alone; their harms are not scaled.
         dtype: in which products are taken, the model's own by default; see `execute.lower`. A copy of the weights is
             held in it, and of the new output projections of all cuts.
         combine: sums over processes.
@@ -108,17 +115,22 @@ def measure(
 
     def try_layer(layer: int) -> Callable[[Parking], None]:
         def at(parking: Parking) -> None:
+            start = starts[layer]
             for cut in cuts.get(layer, []):
-                found[cut.units.site.name][cut.keep] = harm(probe.logits_with([cut], (starts[layer], parking.copy(0))))
+                found[cut.units.site.name][cut.keep] = harm(probe.logits_with(_stops([cut]), (start, parking.copy(0))))
+            if structure.layers[layer] in layers:
+                before, after = boundaries[layer]
+                past = {after: Stop(before, lambda _: _unchanged)}
+                found[structure.layers[layer]] = {0: harm(probe.logits_with(past, (start, parking.copy(0))))}
 
         return at
 
     levels = _levels([c for mine in cuts.values() for c in mine]) if together else []
-    with (progress or SILENT)("harm", total=sum(map(len, cuts.values())) + len(levels)) as tick:
+    with (progress or SILENT)("harm", total=sum(map(len, cuts.values())) + len(layers) + len(levels)) as tick:
         probe.run(cuts={start: try_layer(i) for i, start in enumerate(starts)})
         for level in levels:
             alone = sum(found[c.units.site.name][c.keep] for c in level)
-            factor = harm(probe.logits_with(level)) / alone if alone else 1.0
+            factor = harm(probe.logits_with(_stops(level))) / alone if alone else 1.0
             for c in level:
                 found[c.units.site.name][c.keep] *= factor
     return found
@@ -243,7 +255,7 @@ class _Probe:
         self._lowered = {str(n.target) for n in weights if feeds_products(n)}
         head = () if self._last is None else self._last.all_input_nodes[1:]
         self._head = [tensor_at(self.graph_module, str(p.target)).to(self.dtype) for p in head]
-        logits = self.logits_with([])
+        logits = self.logits_with({})
         self._dense = logits.float().softmax(-1)
         self._most = self._expected(logits)
 
@@ -270,10 +282,9 @@ class _Probe:
             dtype=self.dtype,
         )
 
-    def logits_with(self, cuts: Sequence[_Cut], start: tuple[str, Mapping[str, Any]] | None = None) -> Tensor:
-        """(positions, vocabulary) of every fourth position with sites cut; from a node and its values, if given."""
+    def logits_with(self, stops: Mapping[str, Stop], start: tuple[str, Mapping[str, Any]] | None = None) -> Tensor:
+        """(positions, vocabulary) of every fourth position, nodes replaced; from a node and its values on, if given."""
         found: list[Tensor] = []
-        stops = {c.units.site.node: _in_place(c) for c in cuts}
         if start is None:
             self.run(look=found.append, stops=stops)
         else:
@@ -303,8 +314,17 @@ class _Probe:
         return self._held[name]
 
 
-def _in_place(cut: _Cut) -> Stop:
-    return Stop(cut.units.site.reads, lambda _: projection(cut.decision))
+def _stops(cuts: Sequence[_Cut]) -> dict[str, Stop]:
+    """What is put in the places of the cut sites' projections."""
+    return {cut.units.site.node: Stop(cut.units.site.reads, _always(projection(cut.decision))) for cut in cuts}
+
+
+def _always(replacement: Projection) -> Callable[[Sequence[Tensor]], Projection]:
+    return lambda _: replacement
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def _last_product(node: fx.Node) -> fx.Node | None:

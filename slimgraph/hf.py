@@ -22,6 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slimgraph.attributes import get_attribute, set_attribute
+from slimgraph.depth import SkippedLayer
 from slimgraph.errors import CheckpointError
 from slimgraph.manifest import AttributeValue, Manifest
 from slimgraph.weightfiles import check_stored, stored_tensors
@@ -135,6 +136,8 @@ def apply(model: PreTrainedModel, manifest: Manifest) -> None:
     Raises:
         CheckpointError: the manifest does not fit the model.
     """
+    for path, outputs in manifest.skipped.items():
+        model.set_submodule(path, SkippedLayer(_module(model, path), outputs))
     aliases = tied_names(model)
     for name, shape in manifest.shapes.items():
         # Tied weights are one tensor under several names, all of which must get its shape.

@@ -49,7 +49,8 @@ def layer_widths(model: nn.Module, resolved: Resolved, shapes: Mapping[str, list
                 mine = {k: s for k, s in shapes.items() if k.startswith(f"{path}.")}
                 proved[name] = _shapes_follow(model, name, width, mine)
             if proved[name]:
-                found.setdefault(layer, {})[name] = width
+                # By its number among all layers, those that are skipped as well.
+                found.setdefault(int(path.rpartition(".")[2]), {})[name] = width
     return found
 
 

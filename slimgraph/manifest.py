@@ -7,7 +7,7 @@ differs from it, so that the class can be built, re-shaped and filled again. It 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, TypeAlias, TypedDict, TypeVar
 
@@ -43,6 +43,7 @@ _TYPES: dict[str, TypeAdapter[Any]] = {
     "recipe": _JSON_OBJECT,
     "versions": TypeAdapter(dict[str, str]),
     "per_layer_config": TypeAdapter(dict[NonNegativeInt, dict[str, int]]),
+    "skipped": TypeAdapter(dict[str, NonNegativeInt]),
 }
 
 
@@ -62,6 +63,8 @@ class Manifest:
         versions: of slimgraph, torch and transformers at the time of saving.
         per_layer_config: layer -> width under the configuration's own name for it. For reading by people and tools:
             loading goes by `shapes`.
+        skipped: module path of each layer that hands on what it is given -> length of the tuple that it returns, 0 for
+            a tensor. No other entry names anything in it.
     """
 
     shapes: dict[str, list[int]]
@@ -73,6 +76,7 @@ class Manifest:
     recipe: dict[str, Any]
     versions: dict[str, str]
     per_layer_config: dict[int, dict[str, int]] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -137,6 +141,7 @@ class Manifest:
         Raises:
             CheckpointError: the changes were not made to that model.
         """
+        earlier = earlier._without(self.skipped)
         before = earlier.stored_shapes()
         for name, original in self.original_shapes.items():
             if before.get(name, original) != original:
@@ -163,6 +168,25 @@ class Manifest:
             original_shapes={name: each for name, each in originals.items() if name not in added},
             attributes=_merged(earlier.attributes, self.attributes),
             per_layer_config=_merged(earlier.per_layer_config, self.per_layer_config),
+            skipped={**earlier.skipped, **self.skipped},
+        )
+
+    def _without(self, layers: Iterable[str]) -> Manifest:
+        """The manifest with no word of what lies in these layers."""
+        gone = set(layers)
+
+        def rest(entries: Mapping[str, _Value]) -> dict[str, _Value]:
+            return {name: each for name, each in entries.items() if not gone.intersection(_around(name))}
+
+        numbers = {int(path.rpartition(".")[2]) for path in gone}
+        return replace(
+            self,
+            shapes=rest(self.shapes),
+            added=rest(self.added),
+            attributes=rest(self.attributes),
+            buffers=rest(self.buffers),
+            original_shapes=rest(self.original_shapes),
+            per_layer_config={layer: each for layer, each in self.per_layer_config.items() if layer not in numbers},
         )
 
     def _check_names(self) -> None:
@@ -172,6 +196,12 @@ class Manifest:
                 raise CheckpointError(
                     f"manifest lists {both[0]!r} under both {one!r} and {other!r}, expected one of them: "
                     "'added' for parameters that the class does not have, 'buffers' for buffers stored for their values"
+                )
+        for name in (*self.shapes, *self.added, *self.buffers, *self.attributes):
+            if inside := self.skipped.keys() & set(_around(name)):
+                raise CheckpointError(
+                    f"manifest names {name!r} in the layer {min(inside)!r}, which is skipped, expected nothing "
+                    "there; leave the one or the other out"
                 )
 
     def _check_originals(self) -> None:
@@ -223,6 +253,12 @@ def _merged(
 ) -> dict[_Key, dict[str, _Value]]:
     """Entry by entry, the other's values before the one's."""
     return {key: {**one.get(key, {}), **other.get(key, {})} for key in {**one, **other}}
+
+
+def _around(name: str) -> Iterator[str]:
+    """A dotted name and those of all modules that it lies in."""
+    steps = name.split(".")
+    return (".".join(steps[:i]) for i in range(1, len(steps) + 1))
 
 
 def _is_finite(value: object) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from slimgraph.attributes import get_attribute, integers_of, integers_read, set_attribute
 from slimgraph.axes import DATA, Atom, Concat, Product, Term, size
+from slimgraph.depth import outputs_of, without_layers
 from slimgraph.errors import ModelError
 from slimgraph.groups import Structure
 from slimgraph.layer_config import layer_widths
@@ -50,6 +51,7 @@ class PrunedModule:
         attributes: module path -> attribute -> new value.
         difference: largest difference of logits to the pruned graph, over the largest logit.
         layer_widths: layer -> name in the configuration -> width there, where the configuration has a name for it.
+        skipped: layers that are skipped, and what they return; see `slimgraph.depth.outputs_of`.
     """
 
     module: nn.Module
@@ -59,6 +61,7 @@ class PrunedModule:
     attributes: dict[str, dict[str, int]] = field(default_factory=dict)
     difference: float = math.nan
     layer_widths: dict[int, dict[str, int]] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def manifest(self, plan: Plan, recipe: dict[str, Any]) -> Manifest:
         """What a checkpoint has to say about the copy, against the original module."""
@@ -78,6 +81,7 @@ class PrunedModule:
             recipe=recipe,
             versions={p: importlib.metadata.version(p) for p in ("slimgraph", "torch", "transformers")},
             per_layer_config=self.layer_widths,
+            skipped=self.skipped,
         )
 
 
@@ -97,8 +101,12 @@ def prune_module(
         ModelError: the module cannot be made to agree with the graph; the message says where and what was tried. The
             pruned graph is unaffected.
     """
+    skipped = {}
+    if resolved.plan.skipped:
+        skipped = outputs_of(model, resolved.plan.skipped, _probe(resolved.structure))
+        model = without_layers(model, skipped)
     shared: dict[int, object] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    result = PrunedModule(copy.deepcopy(model, shared))
+    result = PrunedModule(copy.deepcopy(model, shared), skipped=skipped)
     _replace_tensors(model, result, pruned_graph)
     _add_biases(result, resolved.structure, pruned_graph, refits or {})
     _resize_torch_modules(result)

@@ -1,11 +1,13 @@
-"""A plan: which units of which groups are kept. Pure data, JSON in and out; what it does to a model is worked out here.
+"""A plan: which units are kept and which layers skipped. Pure data, JSON in and out; what it does is worked out here.
 
 A plan keeps, per group, the same units everywhere; or, *within* another group, for each of its units a list of its own
 (balanced heads: every kv group keeps the same number of heads, but which ones may differ).
 
->>> plan = Plan({"out.weight[1]": Cut(units=6, keep=((0, 2, 5),))})
+>>> plan = Plan({"out.weight[1]": Cut(units=6, keep=((0, 2, 5),))}, skipped=("layers.3",))
 >>> Plan.from_json(plan.to_json()) == plan
 True
+>>> plan.to_dict()
+{'out.weight[1]': {'units': 6, 'keep': [[0, 2, 5]], 'within': None}, 'layers.3': None}
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import torch
 from torch import Tensor
 
 from slimgraph.axes import Atom, Concat, Product, Term, size_with
+from slimgraph.depth import skip_layers
 from slimgraph.errors import PlanError
-from slimgraph.groups import Structure
+from slimgraph.groups import Structure, infer
 
 __all__ = ["Cut", "Plan", "Resolved", "coordinates", "resolve"]
 
@@ -48,12 +51,18 @@ class Cut:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is kept of every group that is cut; groups that are not named stay whole."""
+    """What is kept of every group that is cut; groups that are not named stay whole.
+
+    Attributes:
+        cuts: group -> what is kept of it.
+        skipped: module paths of layers that go as a whole.
+    """
 
     cuts: Mapping[str, Cut] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
     def merged(self, other: Plan) -> Plan:
-        """A plan with the cuts of both.
+        """A plan with what both cut and skip.
 
         Raises:
             PlanError: both cut the same group.
@@ -61,14 +70,15 @@ class Plan:
         twice = self.cuts.keys() & other.cuts.keys()
         if twice:
             raise PlanError(f"group {min(twice)!r} is cut by both plans; a group can be cut once")
-        return Plan({**self.cuts, **other.cuts})
+        return Plan({**self.cuts, **other.cuts}, tuple(dict.fromkeys([*self.skipped, *other.skipped])))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return {
+        """JSON-able form: what is kept of each group, and None for each layer that is skipped."""
+        cuts = {
             name: {"units": c.units, "keep": [list(r) for r in c.keep], "within": c.within}
             for name, c in self.cuts.items()
         }
+        return {**cuts, **dict.fromkeys(self.skipped)}
 
     def to_json(self) -> str:
         """One JSON document."""
@@ -86,12 +96,14 @@ class Plan:
                 {
                     str(name): Cut(int(c["units"]), tuple(tuple(int(u) for u in row) for row in c["keep"]), c["within"])
                     for name, c in data.items()
-                }
+                    if c is not None
+                },
+                tuple(str(name) for name, c in data.items() if c is None),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(
                 f"not a plan ({type(error).__name__}: {error}); expected "
-                '{group: {"units": n, "keep": [[unit, ...]], "within": group or null}}'
+                '{group: {"units": n, "keep": [[unit, ...]], "within": group or null}, skipped layer: null}'
             ) from error
 
     @classmethod
@@ -109,7 +121,7 @@ class Resolved:
     """A validated plan, applied to the terms of one structure.
 
     Attributes:
-        structure: what the plan was checked against.
+        structure: what the plan was checked against, without the layers that it skips.
         plan: the plan.
         selections: source -> dimension -> (n_kept,) int64 positions that stay; only dimensions that lose some.
     """
@@ -147,8 +159,11 @@ def resolve(structure: Structure, plan: Plan) -> Resolved:
 
     Raises:
         PlanError: an unknown or frozen group, a group of another size, units out of range or out of order, rows of
-            unequal length, or a choice that depends on a group which is not there everywhere.
+            unequal length, a choice that depends on a group which is not there everywhere, or a layer that cannot be
+            skipped.
     """
+    if plan.skipped:
+        structure = infer(skip_layers(structure, plan.skipped))
     masks: dict[Atom, Tensor] = {}
     outer: dict[Atom, Atom | None] = {}
     for name, cut in plan.cuts.items():

@@ -47,7 +47,9 @@ def cuts(draw: st.DrawFn) -> Cut:
     return Cut(units, keep, draw(st.none() | st.text(max_size=5)))
 
 
-plans = st.dictionaries(st.text(max_size=8), cuts(), max_size=4).map(Plan)
+groups_cut = st.dictionaries(st.text(max_size=8), cuts(), max_size=4)
+layers = st.lists(st.text(max_size=8).map("layers.".__add__), max_size=3, unique=True).map(tuple)
+plans = st.builds(Plan, groups_cut, layers)
 
 
 @settings(max_examples=50, deadline=None)
@@ -61,9 +63,12 @@ def test_a_plan_survives_json(plan: Plan) -> None:
 @given(plan=plans, data=st.data())
 def test_a_plan_is_the_sum_of_its_parts(plan: Plan, data: st.DataObject) -> None:
     names = data.draw(st.sets(st.sampled_from(sorted(plan.cuts)))) if plan.cuts else set()
-    one = Plan({n: c for n, c in plan.cuts.items() if n in names})
-    other = Plan({n: c for n, c in plan.cuts.items() if n not in names})
-    assert one.merged(other) == other.merged(one) == plan
+    place = data.draw(st.integers(0, len(plan.skipped)))
+    one = Plan({n: c for n, c in plan.cuts.items() if n in names}, plan.skipped[:place])
+    other = Plan({n: c for n, c in plan.cuts.items() if n not in names}, plan.skipped[place:])
+    assert one.merged(other) == plan
+    assert other.merged(one).cuts == plan.cuts
+    assert set(other.merged(one).skipped) == set(plan.skipped)
 
 
 def test_a_group_is_cut_once() -> None:

@@ -40,7 +40,7 @@ from slimgraph.recipe import METHODS, Recipe, method
 
 ALLOCATION = {"ratio": 0.3, "unit_ratio": None, "heads": "kv", "round_to": 4, "kinds": "heads"}
 CHANGED: dict[str, dict[str, Any]] = {
-    "apply_plan": {"plan": {"a.weight[1]": {"units": 3, "keep": [[0, 2]], "within": None}}},
+    "apply_plan": {"plan": {"a.weight[1]": {"units": 3, "keep": [[0, 2]], "within": None}, "layers.1": None}},
     "bias_only": {},
     "cosine_allocation": {**ALLOCATION, "alpha": 5.0, "layers": 3},
     "fluctuation": {},
@@ -54,6 +54,7 @@ CHANGED: dict[str, dict[str, Any]] = {
         "samples": 3,
         "power": 1.0,
         "together": False,
+        "depth": True,
         "spare_last": 0.5,
         "dtype": None,
         "of": "macs",

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from slimgraph.debug.compare import Distance, Losses
 from slimgraph.debug.findings import Bisection, Block, Node, Projection
-from slimgraph.debug.opened import Opened, Source, open_model
+from slimgraph.debug.opened import Opened, Source, open_model, without_skipped
 from slimgraph.debug.restore import restorations
 from slimgraph.debug.weave import Strands, Thread, weave
 from slimgraph.errors import CalibrationError, ModelError, PlanError
@@ -55,7 +55,8 @@ def bisect(
 ) -> Bisection:
     """Compare a pruned model with the dense one it was made from, node by node.
 
-    Weights of checkpoints on disk are read when they are needed; values are freed at their last use.
+    Weights of checkpoints on disk are read when they are needed; values are freed at their last use. Layers that the
+    plan skips are left out of the dense model as well: what that costs is not among the errors.
 
     Args:
         dense: the model before: in memory, or the directory or hub name of one.
@@ -84,10 +85,11 @@ def bisect(
     with progress("trace"):
         before = open_model(dense, shape=(1, seq_len), **options)
         after = open_model(pruned, shape=(1, seq_len), **options)
-    _check_alike(before, after)
     if plan is None and after.manifest is not None:
         plan = Plan.from_dict(after.manifest.plan)
-    resolved = None if plan is None else resolve(before.structure, plan)
+    before = without_skipped(before, plan)
+    _check_alike(before, after)
+    resolved = None if plan is None else resolve(before.structure, Plan(plan.cuts))
     batches = _batches(before, after, tokens.to(after.device), seq_len, batch)
     check_tokens(before.model, batches[0])
     return _Run(before, after, resolved, batches, threshold, progress).bisection(seq_len, restore)

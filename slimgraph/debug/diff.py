@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from slimgraph.attributes import integers_of
-from slimgraph.debug.opened import Opened, Source, open_model, original, parameters_of
+from slimgraph.debug.opened import Opened, Source, open_model, original, parameters_of, without_skipped
 from slimgraph.debug.report import table
 from slimgraph.debug.weave import align
 from slimgraph.errors import ModelError, PlanError
@@ -175,6 +175,7 @@ def diff(dense: Source | Opened | None, pruned: Source | Opened, *, trust_remote
             f"{before.name} is a {type(before.model).__name__} and {after.name} a {type(after.model).__name__}; "
             "expected a model and one pruned from it"
         )
+    plan = Plan() if after.manifest is None else Plan.from_dict(after.manifest.plan)
     groups, notes = _groups(before.structure, after.structure, after.manifest)
     return Difference(
         dense=before.name,
@@ -183,9 +184,9 @@ def diff(dense: Source | Opened | None, pruned: Source | Opened, *, trust_remote
         parameters_after=sum(p.numel() for p in after.model.parameters()),
         groups=tuple(groups),
         parameters=tuple(_parameters(before.model, after.model)),
-        views=tuple(_views(before.graph, after.graph)),
+        views=tuple(_views(without_skipped(before, plan).graph, after.graph)),
         attributes=tuple(_attributes(before.model, after.model)),
-        layers=tuple(_layers(before, after, groups)),
+        layers=tuple(_layers(before, after, groups, plan)),
         notes=tuple(notes),
     )
 
@@ -295,7 +296,7 @@ def _held(module: nn.Module) -> dict[str, int]:
     return held
 
 
-def _layers(dense: Opened, pruned: Opened, groups: Sequence[GroupChange]) -> list[LayerChange]:
+def _layers(dense: Opened, pruned: Opened, groups: Sequence[GroupChange], plan: Plan) -> list[LayerChange]:
     before, after = parameters_of(dense.model), parameters_of(pruned.model)
     changes = {g.group: g for g in groups}
     found = []
@@ -312,6 +313,8 @@ def _layers(dense: Opened, pruned: Opened, groups: Sequence[GroupChange]) -> lis
             if len(names) == 2:
                 kv = changes.get(names[0].name)
                 units["kv groups"] = (names[0].units, kv.kept if kv else names[0].units)
+        if path in plan.skipped:
+            units = {kind: (was, 0) for kind, (was, _) in units.items()}
         found.append(LayerChange(layer, path, (_count(before, path), _count(after, path)), units))
     return found
 
@@ -325,9 +328,12 @@ def _count(shapes: Mapping[str, Sequence[int]], path: str) -> int:
 
 def _headline(found: Difference) -> str:
     before, after = found.parameters_before, found.parameters_after
+    number = sum(p.after is None for p in found.parameters)
+    gone = f"{number} gone, " if number else ""
+    reshaped = [p for p in found.parameters if p.before is not None and p.after is not None]
     return (
         f"parameters {before:,} -> {after:,}: {1 - after / before:.2%} removed; {len(found.groups)} groups cut, "
-        f"{len(found.parameters) - len(found.biases)} parameters reshaped, {len(found.biases)} biases added"
+        f"{len(reshaped)} parameters reshaped, {gone}{len(found.biases)} biases added"
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from slimgraph.errors import CheckpointError, ModelError
 from slimgraph.execute import Weights
 from slimgraph.groups import Structure, infer
 from slimgraph.manifest import Manifest
+from slimgraph.plan import Plan, resolve
 from slimgraph.pretrained import load_model
 from slimgraph.trace import canonical_names, retarget, tensor_at, trace
 from slimgraph.weightfiles import stored_tensors, weight_files
 
-__all__ = ["Opened", "open_model", "original", "parameters_of"]
+__all__ = ["Opened", "open_model", "original", "parameters_of", "without_skipped"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -106,6 +107,17 @@ def open_model(
         return open_model(whole, shape=shape)
     retarget(graph, device)
     return Opened(name, model, structure, fetch, manifest, torch.device(device))
+
+
+def without_skipped(dense: Opened, plan: Plan | None) -> Opened:
+    """The dense model with the graph that a plan's cuts are made in: without the layers that it skips.
+
+    Raises:
+        PlanError: the layers cannot be skipped.
+    """
+    if plan is None or not plan.skipped:
+        return dense
+    return replace(dense, structure=resolve(dense.structure, Plan(skipped=plan.skipped)).structure)
 
 
 def original(model: nn.Module) -> nn.Module:

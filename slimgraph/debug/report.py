@@ -38,10 +38,10 @@ def layers_of(result: Result) -> list[LayerReport]:
         for site in result.structure.prunable_sites():
             if site.layer != layer:
                 continue
-            before, after = _units(result, site.groups)
+            before, after = _units(result, layer, site.groups)
             counts[site.kind] = _sum(counts.get(site.kind), before, after)
             if len(site.groups) > 1:
-                counts["kv"] = _sum(counts.get("kv"), *_units(result, site.groups[:1]))
+                counts["kv"] = _sum(counts.get("kv"), *_units(result, layer, site.groups[:1]))
         ratios = result.budget.unit_ratios if result.budget else {}
         found.append(
             LayerReport(
@@ -124,10 +124,12 @@ def _change(counts: tuple[int, int] | None) -> str:
     return str(before) if before == after else f"{before} -> {after}"
 
 
-def _units(result: Result, groups: Sequence[str]) -> tuple[int, int]:
-    """Units of nested groups before and after."""
+def _units(result: Result, layer: int, groups: Sequence[str]) -> tuple[int, int]:
+    """Units of nested groups before and after; none are left of a layer that is skipped."""
     cuts = result.plan.cuts
     before = math.prod(result.structure.group(name).units for name in groups)
+    if result.structure.layers[layer] in result.plan.skipped:
+        return before, 0
     after = math.prod(cuts[name].kept if name in cuts else result.structure.group(name).units for name in groups)
     return before, after
 

@@ -206,7 +206,8 @@ class _Checks:
         for name in resolved.selections:
             if name in names and name not in manifest.shapes and name not in manifest.buffers:
                 raise SlimgraphError(f"the plan cuts {name}, the manifest lists no new shape for it")
-        return f"{len(plan.cuts)} groups cut, all shapes follow"
+        skipped = f", {len(plan.skipped)} layers skipped" if plan.skipped else ""
+        return f"{len(plan.cuts)} groups cut{skipped}, all shapes follow"
 
     def graph_sound(self) -> str:
         """The traced graph is well formed, its shapes are consistent, and its axes can be analysed."""

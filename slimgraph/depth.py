@@ -1,0 +1,163 @@
+"""Whole layers that are skipped: the graph without them, and what stands in their places in the module.
+
+A skipped layer hands on what it is given. In the module it keeps its place and its number, so that neither the
+configuration nor the names of other layers' parameters change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from slimgraph.errors import ModelError, PlanError
+from slimgraph.structure import Structure
+from slimgraph.trace import evaluating, module_path, tensor_at
+
+__all__ = ["SkippedLayer", "outputs_of", "skip_layers", "skippable", "without_layers"]
+
+
+class SkippedLayer(nn.Module):
+    """Stands where a layer was, and returns its first argument.
+
+    Args:
+        layer: what stood here. Its plain attributes are kept, for models that read them to say what a layer is given.
+        outputs: length of the tuple that it returned, of which all but the first are None now; 0 for a tensor.
+    """
+
+    def __init__(self, layer: nn.Module, outputs: int) -> None:
+        super().__init__()
+        known = vars(self)
+        for name, value in vars(layer).items():
+            if name not in known and isinstance(value, bool | int | float | str | None):
+                setattr(self, name, value)
+        self.outputs = outputs
+        self._reads = next(iter(inspect.signature(layer.forward).parameters))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The first argument of the layer, in the form that the layer returned it."""
+        value = args[0] if args else kwargs[self._reads]
+        return (value, *[None] * (self.outputs - 1)) if self.outputs else value
+
+
+def skip_layers(structure: Structure, layers: Sequence[str]) -> fx.GraphModule:
+    """The graph without some of its layers, whose input on the residual stream takes the place of their output.
+
+    Args:
+        structure: of the graph, which is not changed; parameters are shared with it.
+        layers: module paths, as in `Structure.layers`.
+
+    Raises:
+        PlanError: a path is no layer or the first one, or something else that a layer computes is needed elsewhere.
+        GraphError: the graph does not show what goes into a layer and what comes out.
+    """
+    places = _places(structure, layers)
+    old = structure.analysis.graph_module
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(old.graph, copies))
+    by_name = {node.name: copied for node, copied in copies.items()}
+    boundaries = structure.boundaries()
+    for i in reversed(places):  # the last first: what goes into a layer may come out of one that is skipped as well
+        before, after = boundaries[i]
+        by_name[after].replace_all_uses_with(by_name[before])
+    # No operator of a traced graph does anything but compute; one that could draw random numbers counts as impure.
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    _check_gone(structure, places, graph)
+    tensors = {str(n.target): tensor_at(old, str(n.target)) for n in graph.find_nodes(op="get_attr")}
+    result = fx.GraphModule(tensors, graph, type(old).__name__)
+    result.graph.lint()
+    return result.eval()
+
+
+def skippable(structure: Structure, layers: Sequence[str]) -> dict[str, fx.GraphModule]:
+    """Those of some layers that can be skipped, each with the graph without it; see `skip_layers`."""
+    found = {}
+    for path in layers:
+        with contextlib.suppress(PlanError):
+            found[path] = skip_layers(structure, [path])
+    return found
+
+
+def without_layers(model: nn.Module, outputs: Mapping[str, int]) -> nn.Module:
+    """A copy of a model that skips layers; it shares all tensors with the model.
+
+    Args:
+        model: not changed.
+        outputs: module path of each layer that is skipped -> what it returns, see `outputs_of`.
+    """
+    shared: dict[int, object] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    result = copy.deepcopy(model, shared)
+    for path, n in outputs.items():
+        result.set_submodule(path, SkippedLayer(result.get_submodule(path), n))
+    return result
+
+
+def outputs_of(model: nn.Module, layers: Sequence[str], ids: Tensor) -> dict[str, int]:
+    """For each of some layers the length of the tuple that it returns; 0 where it returns a tensor.
+
+    Args:
+        model: a causal language model.
+        layers: module paths.
+        ids: (batch, tokens) int64 to run it on.
+
+    Raises:
+        ModelError: a layer returns something else, or is not called.
+    """
+    found: dict[str, Any] = {}
+
+    def watch(path: str) -> Any:
+        return lambda _module, _args, output: found.setdefault(path, output)
+
+    hooks = [model.get_submodule(path).register_forward_hook(watch(path)) for path in layers]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(input_ids=ids, **({"use_cache": False} if hasattr(model, "config") else {}))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {path: _length(path, found.get(path)) for path in layers}
+
+
+def _length(path: str, output: object) -> int:
+    if isinstance(output, Tensor):
+        return 0
+    if type(output) is tuple and output and isinstance(output[0], Tensor):
+        return len(output)
+    raise ModelError(
+        f"layer {path} returns {'nothing' if output is None else type(output).__name__}; expected a tensor or a tuple "
+        "that begins with one, so that nothing can stand in its place: skip another layer. The pruned graph is sound"
+    )
+
+
+def _places(structure: Structure, layers: Sequence[str]) -> list[int]:
+    """Indices of the layers, ascending."""
+    known = {path: i for i, path in enumerate(structure.layers)}
+    for path in layers:
+        if path not in known:
+            raise PlanError(
+                f"no layer is called {path!r}; expected one of {', '.join(structure.layers[:3])} ... as `slimgraph "
+                "inspect` lists them"
+            )
+        if known[path] == 0:
+            # Caches of keys and values tell by the first layer's how many tokens came before.
+            raise PlanError(f"layer {path} is the first one, which cannot be skipped; skip a later one")
+    return sorted({known[path] for path in layers})
+
+
+def _check_gone(structure: Structure, places: Sequence[int], graph: fx.Graph) -> None:
+    """Nothing of a skipped layer may be left: what another layer shares with it would be computed all the same."""
+    for i in places:
+        inside = f"{structure.layers[i]}."
+        for node in graph.nodes:
+            if node.op == "call_function" and f"{module_path(node)}.".startswith(inside):
+                reader = next(iter(node.users)).name
+                raise PlanError(
+                    f"layer {structure.layers[i]} cannot be skipped: {reader} reads {node.name}, which is computed "
+                    "there; expected a layer whose only output is the residual stream. Skip another one"
+                )
