@@ -11,9 +11,10 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from slimgraph.errors import RecipeError
+from slimgraph.products import faster_in
 from slimgraph.state import State, state_of
 
-__all__ = ["Pass", "check_dtype", "dtype_named", "pass_named", "pass_names", "register"]
+__all__ = ["Pass", "check_dtype", "dtype_for", "pass_named", "pass_names", "register"]
 
 _DTYPES = {None: None, "bfloat16": torch.bfloat16}
 _PASSES: dict[str, type[Pass]] = {}
@@ -94,6 +95,7 @@ def check_dtype(name: str, dtype: str | None) -> None:
         raise RecipeError(f"{name}: dtype is {dtype!r}; expected bfloat16 or null")
 
 
-def dtype_named(dtype: str | None) -> torch.dtype | None:
-    """The dtype of that recipe value."""
-    return _DTYPES[dtype]
+def dtype_for(dtype: str | None, device: torch.device) -> torch.dtype | None:
+    """The dtype of that recipe value; None where products take no less time in it: it would cost digits only."""
+    found = _DTYPES[dtype]
+    return found if found is not None and faster_in(found, device) else None

@@ -9,7 +9,7 @@ from torch import fx
 
 from slimgraph import distributed
 from slimgraph.errors import CalibrationError, PlanError, RecipeError
-from slimgraph.passes.base import Pass, check_dtype, dtype_named, register
+from slimgraph.passes.base import Pass, check_dtype, dtype_for, register
 from slimgraph.state import State
 
 __all__ = ["SelfCalibration"]
@@ -25,7 +25,7 @@ class SelfCalibration(Pass):
     Attributes:
         samples: how many it writes.
         temperature: of the sampling; 1 is the model's own distribution.
-        dtype: in which it writes: "bfloat16", or None for the model's own.
+        dtype: in which it writes, if the device is faster in it: "bfloat16", or None for the model's own.
         seed: of the sampling and the mixing.
     """
 
@@ -51,7 +51,7 @@ class SelfCalibration(Pass):
                 "a whole; found none in the state. Leave the pass out, or set State.generate"
             )
         given = torch.cat(list(state.batches))
-        dtype = dtype_named(self.dtype)
+        dtype = dtype_for(self.dtype, given.device)
         with state.watch("writing"):
             written = state.generate(
                 given, self.samples, temperature=self.temperature, dtype=dtype, seed=self.seed, progress=state.progress

@@ -16,7 +16,7 @@ from slimgraph.errors import CalibrationError, PlanError, RecipeError
 from slimgraph.evidence import Evidence
 from slimgraph.groups import Structure
 from slimgraph.passes.allocation import _Allocation, _cut_layers
-from slimgraph.passes.base import check_dtype, dtype_named, register
+from slimgraph.passes.base import check_dtype, dtype_for, register
 from slimgraph.resources import Measure, cached_numbers, per_unit, seconds
 from slimgraph.state import State
 from slimgraph.surgery import Refit
@@ -53,7 +53,8 @@ class HarmAllocation(_Allocation):
             calibration samples, "macs", the multiply-accumulates, output projection included; "cache", the keys and
             values that it leaves in a cache, of which only whole kv groups free any (`heads: kv`); or "latency", the
             seconds of a forward pass, measured here and now.
-        dtype: in which a float32 model's products are taken: "bfloat16", or None for its own.
+        dtype: in which a float32 model's products are taken, if the device is faster in it: "bfloat16", or None for its
+            own.
     """
 
     widths: tuple[float, ...] = (0.25,)
@@ -156,9 +157,7 @@ class HarmAllocation(_Allocation):
         total, count = state.combine(torch.tensor([value, 1.0], dtype=torch.float64))
         return float(total / count)
 
-    def _library(
-        self, goal: Goal, structure: Structure, state: State, layers: Collection[str]
-    ) -> harm.Library:
+    def _library(self, goal: Goal, structure: Structure, state: State, layers: Collection[str]) -> harm.Library:
         fit = state.fit
         if not state.batches:
             raise CalibrationError("harm_allocation needs calibration tokens; found none in the state")
@@ -188,7 +187,7 @@ class HarmAllocation(_Allocation):
                 power=self.power,
                 together=self.together,
                 layers=layers,
-                dtype=dtype_named(self.dtype),
+                dtype=dtype_for(self.dtype, state.batches[0].device),
                 combine=state.combine,
                 watch=state.watch,
                 progress=state.progress,

@@ -11,7 +11,7 @@ from torch import fx
 from slimgraph.errors import PlanError
 from slimgraph.evidence import Evidence, Twin
 from slimgraph.groups import Structure
-from slimgraph.passes.base import Pass, check_dtype, dtype_named, register
+from slimgraph.passes.base import Pass, check_dtype, dtype_for, register
 from slimgraph.plan import Plan, resolve
 from slimgraph.state import KEY, State, structure_of
 from slimgraph.surgery import Refit, prune_graph
@@ -30,8 +30,8 @@ class Sweep(Pass):
     decided with the activations that the sites before it, already pruned, produce (SlimLLM, section 3.1).
 
     Attributes:
-        dtype: in which a float32 model's products are taken on the way: "bfloat16", or None for its own. Statistics
-            are added up and fits are solved as precisely in any case.
+        dtype: in which a float32 model's products are taken on the way, if the device is faster in it: "bfloat16", or
+            None for its own. Statistics are added up and fits are solved as precisely in any case.
     """
 
     dtype: str | None = None
@@ -71,6 +71,7 @@ class Sweep(Pass):
         earlier = {} if sink is None else sink.earlier
         if sink is not None:
             sink.measured(state.similarity)
+        dtype = dtype_for(self.dtype, state.batches[0].device) if state.batches else None
         with state.watch("sweep"):
             decisions = {**earlier} | sweep(
                 structure,
@@ -85,7 +86,7 @@ class Sweep(Pass):
                 layer_done=None if sink is None else sink.layer_done,
                 start=None if sink is None else sink.start,
                 twin=beside,
-                dtype=dtype_named(self.dtype),
+                dtype=dtype,
             )
         plan = Plan({})
         for u in cut:

@@ -29,8 +29,9 @@ from slimgraph.groups import infer
 from slimgraph.manifest import Manifest
 from slimgraph.passes import ApplyPlan, FeatureSpace, HarmAllocation, Magnitude, NoRecovery, Pearson, Regression, Sweep
 from slimgraph.plan import Cut, Plan, resolve
-from slimgraph.recipe import Recipe
+from slimgraph.recipe import Recipe, method
 from slimgraph.state import KEY, State, attach
+from slimgraph.streaming import prune_checkpoint
 from slimgraph.trace import tensor_at, trace
 from slimgraph.units import parameter_count, units_of
 
@@ -139,11 +140,11 @@ class Lending(nn.Module):
 NO_LAYERS = [
     (
         ["model.layers.9"],
-        r"^no layer is called 'model\.layers\.9'; expected one of model\.layers\.0, model\.layers\.1, ",
+        r"^no layer is called 'model\.layers\.9'; expected one of model\.layers\.0, ",
     ),
     (
         ["model.layers.2", "model.layers.0"],
-        r"^layer model\.layers\.0 is the first one, which cannot be skipped; skip a ",
+        r"^layer model\.layers\.0 is the first one, which cannot be skipped; ",
     ),
 ]
 
@@ -160,9 +161,7 @@ def test_what_is_no_layer_that_can_go_is_refused(layers: list[str], message: str
 
 def test_a_layer_that_lends_what_it_computes_stays() -> None:
     structure = infer(trace(Lending()))
-    with pytest.raises(
-        PlanError, match=r"^layer layers\.1 cannot be skipped: \w+ reads \w+, which is computed there; "
-    ):
+    with pytest.raises(PlanError, match=r"^layer layers\.1 cannot be skipped: \w+ reads \w+, which is computed "):
         skip_layers(structure, ["layers.1"])
     assert "layers.1" not in skippable(structure, structure.layers)
 
@@ -208,7 +207,8 @@ def test_a_plan_that_skips_and_cuts_makes_a_checkpoint(family: str, tmp_path: Pa
     assert [each.channels for each in layers_of(result)] == [(20, 20), (20, 0), (20, 18), (20, 0)]
     result.save(tmp_path / "pruned")
     loaded = checkpoint.load(tmp_path / "pruned")
-    assert logits(loaded, IDS).equal(logits(result.model, IDS))
+    # A dtype of buffers that is not the weights' is not kept by loading.
+    torch.testing.assert_close(logits(loaded, IDS), logits(result.model, IDS), rtol=1e-6, atol=1e-6)
     assert sum(p.numel() for p in loaded.parameters()) == result.parameters_after < result.parameters_before
     found = {c.name: c for c in verify(tmp_path / "pruned", against=dense).checks}
     assert [c for c in found.values() if c.passed is False] == []
@@ -244,18 +244,14 @@ def test_a_model_can_be_pruned_again_where_layers_are_skipped(tmp_path: Path) ->
 def test_a_manifest_names_nothing_in_a_skipped_layer() -> None:
     entries: dict[str, Any] = {**Manifest.empty().to_dict(), "skipped": {"layers.1": 0}}
     Manifest.from_dict({**entries, "added": {"layers.10.bias": [3]}})
-    message = (
-        r"manifest names 'layers\.1\.up\.bias' in the layer 'layers\.1', which is skipped, expected nothing there; "
-    )
+    message = r"manifest names 'layers\.1\.up\.bias' in the layer 'layers\.1', which is skipped, expected "
     with pytest.raises(CheckpointError, match=message):
         Manifest.from_dict({**entries, "added": {"layers.1.up.bias": [3]}})
 
 
 def test_a_manifest_that_skips_what_is_not_there_is_refused() -> None:
     model: Any = make("llama")
-    with pytest.raises(
-        CheckpointError, match=r"^the manifest names the module 'model\.layers\.7', LlamaForCausalLM as "
-    ):
+    with pytest.raises(CheckpointError, match=r"^the manifest names the module 'model\.layers\.7', LlamaForCausalLM "):
         hf.apply(model, Manifest.from_dict({**Manifest.empty().to_dict(), "skipped": {"model.layers.7": 0}}))
 
 
@@ -277,7 +273,19 @@ def test_a_streamed_model_skips_nothing(tmp_path: Path) -> None:
     make("llama").save_pretrained(tmp_path / "dense")  # type: ignore[operator]
     recipe = Recipe((ApplyPlan({"model.layers.1": None}),))
     with pytest.raises(PlanError, match=r"^a streamed model cannot skip layers; found model\.layers\.1 in the plan: "):
-        slimgraph.prune_streaming(tmp_path / "dense", IDS, tmp_path / "out", recipe=recipe)
+        prune_checkpoint(tmp_path / "dense", tmp_path / "out", IDS, recipe=recipe)
+
+
+def test_a_model_that_skips_layers_is_streamed_as_any_other(tmp_path: Path) -> None:
+    skipped = applied(make("llama", **DEEP["llama"]).float(), {"model.layers.2": None})
+    skipped.save(tmp_path / "skipped")
+    recipe = method("magnitude", 0.2, round_to=1)
+    expected = slimgraph.prune(checkpoint.load(tmp_path / "skipped"), IDS, recipe=recipe)
+    assert expected.model is not None
+    prune_checkpoint(tmp_path / "skipped", tmp_path / "out", IDS, recipe=recipe, dtype=torch.float32)
+    found = checkpoint.load(tmp_path / "out")
+    torch.testing.assert_close(logits(found, IDS), logits(expected.model, IDS))
+    assert isinstance(found.get_submodule("model.layers.2"), SkippedLayer)
 
 
 # -- harm and budget --------------------------------------------------------------------------------------------------
@@ -421,9 +429,8 @@ def test_a_layer_that_does_nothing_goes(family: str, layer: str, weights: tuple[
     assert {n for n in result.plan.cuts if n.startswith(f"{layer}.")} == set()
     before, after = (_amount(of, g) for g in (trace(model), result.graph))
     assert 1 - after / before == pytest.approx(0.25, abs=0.03)
-    without = slimgraph.prune(
-        model, IDS, recipe=Recipe((*recipe.passes[:3], replace(allocation, depth=False), Sweep()))
-    )
+    widths_alone = replace(allocation, depth=False)
+    without = slimgraph.prune(model, IDS, recipe=Recipe((*recipe.passes[:3], widths_alone, Sweep())))
     assert without.plan.skipped == ()
 
 

@@ -20,7 +20,7 @@ from slimgraph import harm, recover, score
 from slimgraph.budget import Goal, solve_curves
 from slimgraph.errors import CalibrationError, PlanError, RecipeError
 from slimgraph.evidence import Evidence
-from slimgraph.passes import FeatureSpace, HarmAllocation, LeastSquares, Magnitude, NoRecovery, Pass, Pearson
+from slimgraph.passes import FeatureSpace, HarmAllocation, LeastSquares, Magnitude, NoRecovery, Pass, Pearson, base
 from slimgraph.recipe import Recipe, method
 from slimgraph.state import KEY, State, attach, structure_of
 from slimgraph.surgery import Refit
@@ -438,6 +438,7 @@ def test_every_field_of_the_allocation_reaches_the_measurement(monkeypatch: pyte
         return {u.site.name: {widths[u.site.name][0]: 1.0} for u in units}
 
     monkeypatch.setattr(harm, "measure", measured)
+    monkeypatch.setattr(base, "faster_in", lambda *_: True)
     graph = attach(own_graph(decoder()), State(batches=[IDS]))
     fields: dict[str, Any] = {"tokens": 7, "power": 2.5, "together": False, "widths": (0.3, 0.6)}
     for step in (Magnitude(), NoRecovery(), HarmAllocation(ratio=0.1, round_to=1, spare_last=0.0, **fields)):

@@ -22,9 +22,10 @@ from slimgraph.evidence import Evidence
 from slimgraph.execute import Observer, Stop, lower, run
 from slimgraph.groups import Site, Structure, infer
 from slimgraph.moments import Moments, Norms
-from slimgraph.passes import CosineAllocation, FeatureSpace, Pearson, Regression, Sweep, UniformAllocation, Verify
+from slimgraph.passes import CosineAllocation, FeatureSpace, Pearson, Regression, Sweep, UniformAllocation, Verify, base
 from slimgraph.pipeline import prune, run_passes
 from slimgraph.plan import Plan, resolve
+from slimgraph.products import faster_in
 from slimgraph.recipe import Recipe
 from slimgraph.state import State, attach
 from slimgraph.surgery import Refit, prune_graph
@@ -303,7 +304,8 @@ def test_a_sweep_in_the_lower_dtype_finds_nearly_the_same() -> None:
         torch.testing.assert_close(rough, exact, rtol=0, atol=0.05 * float(exact.abs().max()))
 
 
-def test_the_pass_sweeps_in_its_dtype() -> None:
+def test_the_pass_sweeps_in_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "faster_in", lambda *_: True)
     model, budget = make("llama").float(), UniformAllocation(ratio=0.2, round_to=1)
     found = [
         prune(model, IDS, recipe=Recipe((Pearson(), FeatureSpace(), Regression(), budget, Sweep(dtype=dtype)))).model
@@ -312,6 +314,22 @@ def test_the_pass_sweeps_in_its_dtype() -> None:
     exact, rough = (logits(m, IDS) for m in found if m is not None)
     assert not torch.allclose(exact, rough, rtol=0, atol=1e-4)
     assert float((exact - rough).norm() / exact.norm()) < 0.1
+
+
+def test_a_dtype_that_costs_time_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "faster_in", lambda *_: False)
+    model, budget = make("llama").float(), UniformAllocation(ratio=0.2, round_to=1)
+    exact, asked = (
+        prune(model, IDS, recipe=Recipe((Pearson(), FeatureSpace(), Regression(), budget, Sweep(dtype=dtype)))).model
+        for dtype in (None, "bfloat16")
+    )
+    assert exact is not None
+    assert asked is not None
+    assert logits(asked, IDS).equal(logits(exact, IDS))
+
+
+def test_float64_is_faster_nowhere() -> None:
+    assert not faster_in(torch.float64, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
