@@ -106,6 +106,7 @@ IDEAS: dict[str, Maker] = {
     f"{OWN}, mean of harm": own("harm_allocation", lambda p, *_: replace(p, power=1.0)),
     f"{OWN}, single harms": own("harm_allocation", lambda p, *_: replace(p, together=False)),
     f"{OWN}, last layer cut": own("harm_allocation", lambda p, *_: replace(p, spare_last=0.0)),
+    f"{OWN}, whole layers too": own("harm_allocation", lambda p, *_: replace(p, depth=True)),
     f"{OWN}, sweep in float32": own("sweep", lambda *_: Sweep()),
     OWN: lambda ratio, *_: method("slimgraph", ratio),
 }
