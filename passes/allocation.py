@@ -53,6 +53,11 @@ class _Allocation(Pass):
     def run(self, graph_module: fx.GraphModule, state: State) -> fx.GraphModule | None:
         """Solve for the unit counts and record them; a graph without the layers that go as a whole, if any do."""
         structure = structure_of(graph_module)
+        if state.plan.skipped:
+            raise PlanError(
+                f"{self.name}: an earlier pass skips {state.plan.skipped[0]}; expected all layers, as what is said of "
+                "them goes by their numbers: save the model that skips it, and prune that"
+            )
         sites = [s for s in structure.prunable_sites() if self.kinds in ("both", s.kind)]
         if not sites:
             raise PlanError("no site can be pruned in this graph; `slimgraph inspect` shows what is frozen and why")
@@ -60,7 +65,8 @@ class _Allocation(Pass):
         weights = self.weights(structure, state)
         out = {s.name: structure.analysis.sources[s.parameter][s.out_dim] for s in sites}
         added = {s.name: _size(structure, out[s.name]) for s in sites if state.fit_adds_bias and s.bias is None}
-        goal = Goal(structure, state.units, weights, state.sizes, added, self.round_to)
+        now = {name: p.numel() for name, p in graph_module.named_parameters()}  # an earlier pass may have cut
+        goal = Goal(structure, state.units, weights, {**state.sizes, **now}, added, self.round_to)
         with state.watch("allocation"):
             state.budget = self.budget(goal, structure, state)
         skipped = state.budget.skipped

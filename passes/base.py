@@ -95,7 +95,13 @@ def check_dtype(name: str, dtype: str | None) -> None:
         raise RecipeError(f"{name}: dtype is {dtype!r}; expected bfloat16 or null")
 
 
-def dtype_for(dtype: str | None, device: torch.device) -> torch.dtype | None:
+def dtype_for(dtype: str | None, state: State) -> torch.dtype | None:
     """The dtype of that recipe value; None where products take no less time in it: it would cost digits only."""
     found = _DTYPES[dtype]
-    return found if found is not None and faster_in(found, device) else None
+    if found is None or not state.batches:
+        return None
+    # Processes measure by themselves, and have to decide alike.
+    votes, processes = state.combine(
+        torch.tensor([float(faster_in(found, state.batches[0].device)), 1.0], dtype=torch.float64)
+    )
+    return found if 2 * votes > processes else None

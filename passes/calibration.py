@@ -51,7 +51,7 @@ class SelfCalibration(Pass):
                 "a whole; found none in the state. Leave the pass out, or set State.generate"
             )
         given = torch.cat(list(state.batches))
-        dtype = dtype_for(self.dtype, given.device)
+        dtype = dtype_for(self.dtype, state)
         with state.watch("writing"):
             written = state.generate(
                 given, self.samples, temperature=self.temperature, dtype=dtype, seed=self.seed, progress=state.progress

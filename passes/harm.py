@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from slimgraph import harm
-from slimgraph.budget import Block, Budget, Goal, keep_at, solve_curves
+from slimgraph.budget import Budget, Goal, Skip, keep_at, solve_curves
 from slimgraph.cost import macs
 from slimgraph.depth import skippable
 from slimgraph.errors import CalibrationError, PlanError, RecipeError
@@ -45,8 +45,8 @@ class HarmAllocation(_Allocation):
         power: harm is a power mean over their positions: 1 for the mean, 2 for the root mean square, which spares what
             few positions need much.
         together: harms are scaled, kind by kind and width by width, to add up to what all cuts do at once.
-        depth: whole layers compete as well, at the harm that it does to skip one alone. A skipped layer stays in the
-            model's list and hands on what it is given.
+        depth: whole layers compete as well, whatever `kinds` says, at the harm that it does to skip one alone. A
+            skipped layer stays in the model's list and hands on what it is given.
         spare_last: share of the layers that stay whole at the end, rounded. What the last layer's heads copy from
             earlier in a text shows in few texts, and no later layer makes up for it.
         of: what `ratio` is a share of: the "parameters" of the whole model; or, for one prompt as long as the
@@ -100,8 +100,8 @@ class HarmAllocation(_Allocation):
             curves[u.site.name] = harm.curve(library[u.site.name], u, sorted(between))
         measure = self._measure(state)
         left = None if measure is None else self._left(goal, state, measure)
-        blocks = self._blocks(library, structure, state, shorter, measure)
-        return solve_curves(goal, curves, self.ratio or 0.0, left, blocks)
+        skips = self._skips(goal, library, state, shorter, measure)
+        return solve_curves(goal, curves, self.ratio or 0.0, left, skips)
 
     def _measure(self, state: State) -> Measure | None:
         """What a graph takes of the resource; None for parameters, which are counted anyway."""
@@ -130,25 +130,25 @@ class HarmAllocation(_Allocation):
         return lambda keep: whole - sum(each[name] * (sizes[name] - n) for name, n in keep.items())
 
     @staticmethod
-    def _blocks(
+    def _skips(
+        goal: Goal,
         library: harm.Library,
-        structure: Structure,
         state: State,
         shorter: Mapping[str, fx.GraphModule],
         measure: Measure | None,
-    ) -> dict[str, Block]:
-        """What each layer does that may go as a whole, given the graph without it."""
+    ) -> dict[str, Skip]:
+        """What it does to skip each layer that may go, given the graph without it."""
         if not shorter:
             return {}
-        graph_module = structure.analysis.graph_module
+        graph_module = goal.structure.analysis.graph_module
         found = {}
         with state.watch("resources"):
             whole = 0.0 if measure is None else measure(graph_module)
             for path, graph in shorter.items():
                 gone = dict(graph_module.named_parameters()).keys() - dict(graph.named_parameters()).keys()
-                parameters = sum(state.sizes[name] for name in gone)
+                parameters = sum(goal.sizes[name] for name in gone)
                 saves = parameters if measure is None else whole - measure(graph)
-                found[path] = Block(structure.layers.index(path), library[path][0], saves, parameters)
+                found[path] = Skip(goal.structure.layers.index(path), library[path][0], saves, parameters)
         return found
 
     @staticmethod
@@ -187,7 +187,7 @@ class HarmAllocation(_Allocation):
                 power=self.power,
                 together=self.together,
                 layers=layers,
-                dtype=dtype_for(self.dtype, state.batches[0].device),
+                dtype=dtype_for(self.dtype, state),
                 combine=state.combine,
                 watch=state.watch,
                 progress=state.progress,

@@ -71,7 +71,7 @@ class Sweep(Pass):
         earlier = {} if sink is None else sink.earlier
         if sink is not None:
             sink.measured(state.similarity)
-        dtype = dtype_for(self.dtype, state.batches[0].device) if state.batches else None
+        dtype = dtype_for(self.dtype, state)
         with state.watch("sweep"):
             decisions = {**earlier} | sweep(
                 structure,
@@ -101,7 +101,7 @@ class ApplyPlan(Pass):
     """Cut by a plan that is already made, without scores, statistics or refits.
 
     Attributes:
-        plan: group -> {"units", "keep", "within"}, as in a saved plan.
+        plan: group -> {"units", "keep", "within"}, and layer -> null for each that is skipped, as in a saved plan.
     """
 
     plan: dict[str, Any]

@@ -13,7 +13,7 @@ from slimgraph.errors import PlanError
 from slimgraph.groups import Structure
 from slimgraph.units import Units, parameter_count
 
-__all__ = ["Block", "Budget", "Goal", "at_factor", "keep_at", "solve", "solve_curves", "solve_ranked"]
+__all__ = ["Budget", "Goal", "Skip", "at_factor", "keep_at", "solve", "solve_curves", "solve_ranked"]
 
 _CLOSE = 0.01  # of what should go; widths are whole numbers
 _ROUNDING = 1e-9  # likewise, of sums
@@ -65,8 +65,8 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class Block:
-    """A whole layer that may go.
+class Skip:
+    """A whole layer that may be skipped.
 
     Attributes:
         layer: its index.
@@ -164,7 +164,7 @@ def solve_curves(
     curves: Mapping[str, Mapping[int, float]],
     ratio: float,
     left: Callable[[Mapping[str, int]], float] | None = None,
-    blocks: Mapping[str, Block] | None = None,
+    skips: Mapping[str, Skip] | None = None,
 ) -> Budget:
     """Unit counts that remove `ratio` of a resource at the least total harm, as closely as whole units allow.
 
@@ -179,29 +179,28 @@ def solve_curves(
         ratio: share of the resource that goes.
         left: units kept per block at each site -> what is left of the resource, a sum over sites; the parameters of the
             whole model by default.
-        blocks: module path of a layer -> what it does if it goes as a whole; none by default.
+        skips: module path of a layer -> what it does to skip it; none by default.
 
     Raises:
         PlanError: as for `solve`.
     """
     _wanted(goal, ratio)
-    blocks = blocks or {}
+    skips = skips or {}
     of = left or (lambda keep: _after(goal, keep))
     whole = {u.site.name: u.block_size for u in goal.sites}
     before = of(whole)
     needed = ratio * before
     saved = {name: {keep: before - of({**whole, name: keep}) for keep in curves[name]} for name in whole}
-    layers = {path: _Layer(block, _sites(goal, block.layer)) for path, block in blocks.items()}
-    most = before - of({name: min(curves[name]) for name in whole})
-    most += sum(max(0.0, a.block.saves - sum(max(saved[s].values()) for s in a.sites)) for a in layers.values())
-    if most < needed * (1 - _CLOSE):
+    layers = {path: _Layer(skip, _sites(goal, skip.layer)) for path, skip in skips.items()}
+    keep, skipped, removed = _share_out(curves, saved, layers, needed)
+    if removed < needed * (1 - _CLOSE):
+        also = " and every layer skipped that saves no more than is to go" if layers else ""
         raise PlanError(
-            f"ratio {ratio:g} cannot be reached: with every site at its narrowest width, {most / before:.4f} "
+            f"ratio {ratio:g} cannot be reached: with every site at its narrowest width{also}, {removed / before:.4f} "
             "goes. Ask for at most that, or try narrower widths"
         )
-    keep, skipped = _share_out(curves, saved, layers, needed)
-    gone = sum(blocks[path].parameters for path in skipped)
-    shares = _shares(goal.sites, keep) | {blocks[path].layer: 1.0 for path in skipped}
+    gone = sum(skips[path].parameters for path in skipped)
+    shares = _shares(goal.sites, keep) | {skips[path].layer: 1.0 for path in skipped}
     return Budget(keep, shares, sum(goal.sizes.values()), _after(goal, keep) - gone, skipped)
 
 
@@ -209,7 +208,7 @@ def solve_curves(
 class _Layer:
     """A layer that may go, and the names of its sites."""
 
-    block: Block
+    skip: Skip
     sites: Sequence[str]
 
 
@@ -221,22 +220,22 @@ def _share_out(
     saved: Mapping[str, Mapping[int, float]],
     layers: Mapping[str, _Layer],
     needed: float,
-) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Width of each site and layers that go, by the steps in their order; sites of those layers count as whole."""
+) -> tuple[dict[str, int], tuple[str, ...], float]:
+    """Width of each site, layers that go, and what that saves; sites of those layers count as whole."""
     whole = {name: max(curves[name]) for name in curves}
     steps = {name: list(_hull_steps(name, saved[name], curves[name])) for name in whole}
     for path, layer in layers.items():
         mine = sorted(step for name in layer.sites for step in steps[name])
         for name in layer.sites:
             steps[name] = []
-        steps[path] = _with_block(path, layer.block, mine, whole, saved, curves)
+        steps[path] = _with_skip(path, layer.skip, mine, whole, saved, curves)
     keep, removed, skipped = dict(whole), 0.0, []
     for _, name, width in sorted(step for found in steps.values() for step in found):
         room = needed - removed
         if room <= _ROUNDING * needed:
             break
         if name in layers:
-            more = layers[name].block.saves - sum(saved[site][keep[site]] for site in layers[name].sites)
+            more = layers[name].skip.saves - sum(saved[site][keep[site]] for site in layers[name].sites)
             if more > room + _ROUNDING * needed:  # a layer cannot be cut short, and its sites may have to do without it
                 return _share_out(curves, saved, {p: a for p, a in layers.items() if p != name}, needed)
             keep |= {site: whole[site] for site in layers[name].sites}
@@ -248,26 +247,27 @@ def _share_out(
         width = min(between, key=lambda w: abs(saved[name][w] - room)) if saved[name][width] > room else width
         removed += saved[name][width] - saved[name][keep[name]]
         keep[name] = width
-    return keep, tuple(skipped)
+    return keep, tuple(skipped), removed
 
 
-def _with_block(
+def _with_skip(
     path: str,
-    block: Block,
+    skip: Skip,
     steps: list[_Step],
     whole: Mapping[str, int],
     saved: Mapping[str, Mapping[int, float]],
     curves: Mapping[str, Mapping[int, float]],
 ) -> list[_Step]:
     """The steps of a layer's sites, and that all of it goes in place of those that cost more than it does."""
+    if skip.saves <= sum(max(saved[name].values()) for name in {name for _, name, _ in steps}):
+        return steps  # nothing is won by it
     while True:
         keep = {**whole, **{name: width for _, name, width in steps}}
         at = {name for _, name, _ in steps}
-        more = block.saves - sum(saved[name][keep[name]] for name in at)
-        harm = block.harm - sum(curves[name][keep[name]] for name in at)
-        slope = harm / more if more > 0 else math.inf
-        if not steps or slope > steps[-1][0]:
-            return [*steps, (slope, path, 0)]
+        more = skip.saves - sum(saved[name][keep[name]] for name in at)
+        harm = skip.harm - sum(curves[name][keep[name]] for name in at)
+        if not steps or harm / more > steps[-1][0]:
+            return [*steps, (harm / more, path, 0)]
         steps = steps[:-1]
 
 

@@ -53,10 +53,12 @@ def skip_layers(structure: Structure, layers: Sequence[str]) -> fx.GraphModule:
         layers: module paths, as in `Structure.layers`.
 
     Raises:
-        PlanError: a path is no layer or the first one, or something else that a layer computes is needed elsewhere.
+        PlanError: a path is no layer, or one that cannot be skipped: the first of its kind, or one that has more to do
+            with the rest of the model than to read the residual stream and to write it.
         GraphError: the graph does not show what goes into a layer and what comes out.
     """
     places = _places(structure, layers)
+    _check_stream(structure, places)
     old = structure.analysis.graph_module
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -144,20 +146,69 @@ def _places(structure: Structure, layers: Sequence[str]) -> list[int]:
                 f"no layer is called {path!r}; expected one of {', '.join(structure.layers[:3])} ... as `slimgraph "
                 "inspect` lists them"
             )
-        if known[path] == 0:
-            # Caches of keys and values tell by the first layer's how many tokens came before.
-            raise PlanError(f"layer {path} is the first one, which cannot be skipped; skip a later one")
+    first = _first_of_kind(structure)
+    for path in layers:
+        if known[path] in first:
+            raise PlanError(
+                f"layer {path} is the first one that reads {first[known[path]]}; expected one that comes later, as "
+                "caches and masks of all layers of a kind are told by the first one: skip a later one"
+            )
     return sorted({known[path] for path in layers})
 
 
+def _first_of_kind(structure: Structure) -> dict[int, str]:
+    """The first layer of each kind -> what layers of its kind read beside the residual stream, like masks and angles.
+
+    Caches tell by the first layer how many tokens came before, and masks of one kind of attention by its first layer.
+    """
+    inside = _layer_of_nodes(structure)
+    reads: dict[int, set[str]] = {i: set() for i in range(len(structure.layers))}
+    for node, layer in inside.items():
+        outer = [a for a in node.all_input_nodes if a.op == "call_function" and a not in inside]
+        reads[layer] |= {a.name for a in outer if isinstance(a.meta.get("val"), Tensor)}
+    for i, (before, _) in enumerate(structure.boundaries()):
+        reads[i].discard(before)
+    first: dict[frozenset[str], int] = {}
+    for i, names in reads.items():
+        first.setdefault(frozenset(names), i)
+    return {i: ", ".join(sorted(names)) or "the residual stream alone" for names, i in first.items()}
+
+
+def _layer_of_nodes(structure: Structure) -> dict[fx.Node, int]:
+    """Every node that a layer computes -> its layer."""
+    found = {}
+    for node in structure.analysis.graph_module.graph.nodes:
+        path = f"{module_path(node)}."
+        for i, layer in enumerate(structure.layers):
+            if node.op == "call_function" and path.startswith(f"{layer}."):
+                found[node] = i
+    return found
+
+
+def _check_stream(structure: Structure, places: Sequence[int]) -> None:
+    """What goes into a skipped layer must go nowhere else: a sum with it outside would then count it twice."""
+    inside = _layer_of_nodes(structure)
+    by_name = {n.name: n for n in structure.analysis.graph_module.graph.nodes}
+    boundaries = structure.boundaries()
+    for i in places:
+        before = by_name[boundaries[i][0]]
+        other = next((u for u in before.users if inside.get(u) != i), None)
+        if other is not None:
+            raise PlanError(
+                f"layer {structure.layers[i]} cannot be skipped: {other.name} outside of it reads its input as "
+                "well; expected a layer that adds to the residual stream itself. Skip another one"
+            )
+
+
 def _check_gone(structure: Structure, places: Sequence[int], graph: fx.Graph) -> None:
-    """Nothing of a skipped layer may be left: what another layer shares with it would be computed all the same."""
+    """Nothing of a skipped layer may be left: what another layer shares with it would be there all the same."""
     for i in places:
         inside = f"{structure.layers[i]}."
-        for node in graph.nodes:
-            if node.op == "call_function" and f"{module_path(node)}.".startswith(inside):
-                reader = next(iter(node.users)).name
+        for node in sorted(graph.nodes, key=lambda n: n.op == "get_attr"):  # what it computes reads its weights, too
+            computed = node.op == "call_function" and f"{module_path(node)}.".startswith(inside)
+            if computed or (node.op == "get_attr" and str(node.target).startswith(inside)):
+                what = f"{node.name}, which is computed there" if computed else f"its {node.target}"
                 raise PlanError(
-                    f"layer {structure.layers[i]} cannot be skipped: {reader} reads {node.name}, which is computed "
-                    "there; expected a layer whose only output is the residual stream. Skip another one"
+                    f"layer {structure.layers[i]} cannot be skipped: {next(iter(node.users)).name} reads {what}; "
+                    "expected a layer whose only output is the residual stream. Skip another one"
                 )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +62,7 @@ class Plan:
     skipped: tuple[str, ...] = ()
 
     def merged(self, other: Plan) -> Plan:
-        """A plan with what both cut and skip.
+        """A plan with what both cut and skip; what is cut in a layer that the other one skips is forgotten.
 
         Raises:
             PlanError: both cut the same group.
@@ -70,7 +70,8 @@ class Plan:
         twice = self.cuts.keys() & other.cuts.keys()
         if twice:
             raise PlanError(f"group {min(twice)!r} is cut by both plans; a group can be cut once")
-        return Plan({**self.cuts, **other.cuts}, tuple(dict.fromkeys([*self.skipped, *other.skipped])))
+        mine = {name: cut for name, cut in self.cuts.items() if not _lies_in(name, other.skipped)}
+        return Plan({**mine, **other.cuts}, tuple(dict.fromkeys([*self.skipped, *other.skipped])))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form: what is kept of each group, and None for each layer that is skipped."""
@@ -163,6 +164,9 @@ def resolve(structure: Structure, plan: Plan) -> Resolved:
             skipped.
     """
     if plan.skipped:
+        for name in plan.cuts:
+            if layer := _lies_in(name, plan.skipped):
+                raise PlanError(f"group {name!r} lies in {layer}, which the plan skips; expected one of the two")
         structure = infer(skip_layers(structure, plan.skipped))
     masks: dict[Atom, Tensor] = {}
     outer: dict[Atom, Atom | None] = {}
@@ -181,6 +185,11 @@ def resolve(structure: Structure, plan: Plan) -> Resolved:
             if positions is not None:
                 selections.setdefault(source, {})[dim] = positions
     return Resolved(structure, plan, selections, masks, outer)
+
+
+def _lies_in(name: str, layers: Sequence[str]) -> str | None:
+    """The layer that a group lies in, by the parameter that it is called after."""
+    return next((path for path in layers if name.startswith(f"{path}.")), None)
 
 
 def _checked(structure: Structure, name: str, cut: Cut) -> Atom:

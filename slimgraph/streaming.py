@@ -24,6 +24,7 @@ from slimgraph.module import prune_module
 from slimgraph.pipeline import Calibration, Result, micro_batches, read_calibration, run_passes
 from slimgraph.plan import resolve
 from slimgraph.pretrained import check_tokens, load_skeleton
+from slimgraph.products import faster_in
 from slimgraph.progress import SILENT, Progress, Stopwatch
 from slimgraph.recipe import Recipe, recipe_for
 from slimgraph.shards import Shards, run_folder
@@ -197,6 +198,7 @@ def _fingerprint(source: Path, recipe: Recipe, ids: Tensor, dtype: torch.dtype, 
         "recipe": recipe.to_dict(),
         "ids": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
         "dtype": str(dtype),
+        "lower": faster_in(torch.bfloat16, device),
         "device": device.type,
         "processes": distributed.world(),
     }

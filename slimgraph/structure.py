@@ -218,7 +218,7 @@ class Structure:
         if before is None or not leaving:
             raise GraphError(
                 f"layer {self.layers[layer]}: found no value of the residual stream that goes "
-                f"{'in' if before is None else 'out'}; layer similarity needs both. Use uniform allocation"
+                f"{'in' if before is None else 'out'}; expected both, to compare or skip layers. Use uniform allocation"
             )
         return before.name, leaving[-1].name
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 import slimgraph
 from slimgraph import checkpoint, harm, hf
-from slimgraph.budget import Block, Goal, solve_curves
+from slimgraph.budget import Goal, Skip, solve_curves
 from slimgraph.cost import macs
 from slimgraph.debug import bisect, diff, verify
 from slimgraph.debug.report import layers_of
@@ -28,11 +28,22 @@ from slimgraph.depth import SkippedLayer, outputs_of, skip_layers, skippable, wi
 from slimgraph.errors import CheckpointError, ModelError, PlanError
 from slimgraph.groups import infer
 from slimgraph.manifest import Manifest
-from slimgraph.passes import ApplyPlan, FeatureSpace, HarmAllocation, Magnitude, NoRecovery, Pearson, Regression, Sweep
+from slimgraph.passes import (
+    ApplyPlan,
+    FeatureSpace,
+    HarmAllocation,
+    Magnitude,
+    NoRecovery,
+    Pearson,
+    Regression,
+    Sweep,
+    UniformAllocation,
+)
 from slimgraph.plan import Cut, Plan, resolve
 from slimgraph.recipe import Recipe, method
 from slimgraph.state import KEY, State, attach
 from slimgraph.streaming import prune_checkpoint
+from slimgraph.surgery import assign
 from slimgraph.trace import tensor_at, trace
 from slimgraph.units import parameter_count, units_of
 
@@ -119,22 +130,20 @@ def test_plain_attributes_of_a_layer_stay() -> None:
     assert list(stand_in.parameters()) == []
 
 
-class Lending(nn.Module):
-    """Its second layer reads what the first one computes inside."""
+class Lender(FeedForward):
+    """Adds to the residual stream, what another layer lent it as well, and lends what it computed inside."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(40, 8)
-        self.layers = nn.ModuleList([FeedForward(), FeedForward(), FeedForward()])
-        self.out = nn.Linear(8, 40)
-        self.double().eval()
+    def forward(self, x: Tensor, lent: Tensor | None = None) -> Any:
+        inner = self.up(x).relu()
+        return x + self.down(inner if lent is None else inner + lent), inner
 
+
+class Lending(Toy):
     def forward(self, input_ids: Tensor) -> Tensor:
-        x = self.embedding(input_ids)
-        x = x + self.layers[0](x)
-        inner = self.layers[1].up(x).relu()  # type: ignore[union-attr, operator]
-        x = x + self.layers[1].down(inner)  # type: ignore[union-attr, operator]
-        x = x + self.layers[2](x) + self.layers[2].down(inner)  # type: ignore[union-attr, operator]
+        x, lent = self.embedding(input_ids), None
+        for i, layer in enumerate(self.layers):
+            x, inner = layer(x, lent if i == 3 else None)
+            lent = inner if i == 1 else lent
         return self.out(x)
 
 
@@ -145,7 +154,7 @@ NO_LAYERS = [
     ),
     (
         ["model.layers.2", "model.layers.0"],
-        r"^layer model\.layers\.0 is the first one, which cannot be skipped; ",
+        r"^layer model\.layers\.0 is the first one that reads ",
     ),
 ]
 
@@ -161,10 +170,46 @@ def test_what_is_no_layer_that_can_go_is_refused(layers: list[str], message: str
 
 
 def test_a_layer_that_lends_what_it_computes_stays() -> None:
-    structure = infer(trace(Lending()))
+    structure = infer(trace(Lending(*(Lender() for _ in range(5)))))
     with pytest.raises(PlanError, match=r"^layer layers\.1 cannot be skipped: \w+ reads \w+, which is computed "):
         skip_layers(structure, ["layers.1"])
-    assert "layers.1" not in skippable(structure, structure.layers)
+    assert skippable(structure, structure.layers).keys() == {"layers.2", "layers.3", "layers.4"}
+
+
+def test_a_layer_whose_weights_are_read_elsewhere_stays() -> None:
+    model = make("llama", **DEEP["llama"])
+    shared = model.get_parameter("model.layers.1.mlp.down_proj.weight")
+    assign(model, "model.layers.3.mlp.down_proj.weight", shared)
+    with pytest.raises(PlanError, match=r"linear\w* reads its model\.layers\.1\.mlp\.down_proj\.weight; expected "):
+        skip_layers(infer(trace(model)), ["model.layers.1"])
+
+
+def test_a_layer_that_others_add_to_the_stream_stays() -> None:
+    """x + layer(x) without the layer is not x + x."""
+    structure = infer(trace(Toy(FeedForward(), FeedForward(), FeedForward())))
+    with pytest.raises(PlanError, match=r"^layer layers\.1 cannot be skipped: add\w* outside of it reads its "):
+        skip_layers(structure, ["layers.1"])
+
+
+KINDS = ["sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize("kinds", [[*KINDS, *KINDS, *KINDS], [*KINDS[::-1], *KINDS[::-1], *KINDS]])
+def test_the_first_layer_of_each_kind_stays(kinds: list[str]) -> None:
+    """Its cache says how long the masks of its kind have to be; with all others gone a cache changes nothing."""
+    model: Any = make("gemma3", num_hidden_layers=6, layer_types=kinds, sliding_window=5)
+    structure = infer(trace(model))
+    left = {path for path in structure.layers if path not in skippable(structure, structure.layers)}
+    assert left == {"model.layers.0", "model.layers.1"}
+    shorter: Any = without_layers(model, dict.fromkeys(structure.layers[2:], 0))
+    expected = logits(shorter, IDS)
+    cache, found = None, []
+    for piece in IDS.split([4, 1, 3, 1], 1):
+        with torch.no_grad():
+            out = shorter(input_ids=piece, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        found.append(out.logits)
+    torch.testing.assert_close(torch.cat(found, 1), expected)
 
 
 def test_a_layer_that_returns_neither_tensor_nor_tuple_has_no_stand_in() -> None:
@@ -242,6 +287,28 @@ def test_a_model_can_be_pruned_again_where_layers_are_skipped(tmp_path: Path) ->
             torch.testing.assert_close(logits(found, IDS), logits(again.model, IDS))
 
 
+def test_what_is_cut_is_forgotten_when_its_layer_goes() -> None:
+    cut = {"model.layers.1.mlp.down_proj.weight[1]": Cut(20, ((0, 1),))}
+    assert Plan(cut).merged(Plan(skipped=("model.layers.1",))) == Plan(skipped=("model.layers.1",))
+    assert Plan(cut).merged(Plan(skipped=("model.layers.10",))).cuts == cut
+    with pytest.raises(PlanError, match=r"^group 'model\.layers\.1\.mlp\.\S+' lies in model\.layers\.1, which the "):
+        resolve(decoder("llama").structure, Plan(cut, ("model.layers.1",)))
+
+
+def test_depth_after_another_cut_counts_what_is_left() -> None:
+    model = idle("llama", "model.layers.2", "self_attn.o_proj.weight", "mlp.down_proj.weight")
+    scores = (Pearson(), FeatureSpace(), Regression())
+    first = UniformAllocation(ratio=0.1, round_to=1, kinds="heads")
+    then = HarmAllocation(ratio=0.25, round_to=1, depth=True, dtype=None, kinds="channels")
+    result = slimgraph.prune(model, IDS, recipe=Recipe((*scores, first, Sweep(), then, Sweep())), verify=False)
+    assert result.plan.skipped == ("model.layers.2",)
+    assert result.budget is not None
+    assert result.budget.parameters_after == result.parameters_after
+    assert result.parameters_after / result.parameters_before == pytest.approx(0.9 * 0.75, abs=0.02)
+    with pytest.raises(PlanError, match=r"^uniform_allocation: an earlier pass skips model\.layers\.1; expected all "):
+        slimgraph.prune(model, IDS, recipe=Recipe((ApplyPlan({"model.layers.1": None}), *scores, first, Sweep())))
+
+
 def test_a_manifest_names_nothing_in_a_skipped_layer() -> None:
     entries: dict[str, Any] = {**Manifest.empty().to_dict(), "skipped": {"layers.1": 0}}
     Manifest.from_dict({**entries, "added": {"layers.10.bias": [3]}})
@@ -265,6 +332,7 @@ def test_a_skipped_layer_is_seen_by_those_who_compare() -> None:
     assert [each.units["channels"] for each in found.layers] == [(20, 20), (20, 20), (20, 0), (20, 20)]
     assert "0 parameters reshaped, 9 gone, 0 biases added" in repr(found)
     assert found.views == ()
+    assert diff(result.model, result.model).views == ()
     seen = bisect(dense, result.model, tokens(64), seq_len=16)
     assert [each.path for each in seen.blocks] == [f"model.layers.{i}" for i in (0, 1, 3)]
     assert max(each.error for each in seen.blocks) == pytest.approx(0, abs=1e-12)
@@ -355,9 +423,9 @@ def test_layers_and_widths_are_shared_out_at_the_least_harm(
     whole = {u.site.name: u.block_size for u in goal.sites}
     total = sum(goal.sizes.values())
     gone = [total - left_by(whole, (path,)) for path in goal.structure.layers]
-    blocks = {p: Block(i, harms[i], gone[i], gone[i]) for i, p in enumerate(goal.structure.layers)}
+    skips = {p: Skip(i, harms[i], gone[i], gone[i]) for i, p in enumerate(goal.structure.layers)}
     needed, least, skipped = 0, 0.0, []
-    for path, block in blocks.items():
+    for path, block in skips.items():
         mine = [u.site.name for u in goal.sites if _path(goal, u.site.layer) == path]
         choices = [(block.harm, block.parameters, True)]
         for widths in itertools.product(*(curves[name] for name in mine)):
@@ -368,13 +436,13 @@ def test_layers_and_widths_are_shared_out_at_the_least_harm(
         assume(ranked[1][0] - price * ranked[1][1] > ranked[0][0] - price * ranked[0][1] + 1e-6)
         least, needed = least + ranked[0][0], needed + ranked[0][1]
         skipped += [path] if ranked[0][2] else []
-    budget = solve_curves(goal, curves, needed / total, blocks=blocks)
+    budget = solve_curves(goal, curves, needed / total, skips=skips)
     assert set(budget.skipped) == set(skipped)
     assert budget.parameters_after == total - needed == left_by(budget.keep, budget.skipped)
     cut = [u.site.name for u in goal.sites if _path(goal, u.site.layer) not in skipped]
-    found = sum(curves[name][budget.keep[name]] for name in cut) + sum(blocks[p].harm for p in skipped)
+    found = sum(curves[name][budget.keep[name]] for name in cut) + sum(skips[p].harm for p in skipped)
     assert found == pytest.approx(least)
-    assert {layer for layer, share in budget.unit_ratios.items() if share == 1} == {blocks[p].layer for p in skipped}
+    assert {layer for layer, share in budget.unit_ratios.items() if share == 1} == {skips[p].layer for p in skipped}
 
 
 def test_a_layer_that_saves_too_much_is_left_out() -> None:
@@ -383,10 +451,31 @@ def test_a_layer_that_saves_too_much_is_left_out() -> None:
     total = sum(goal.sizes.values())
     curves = {u.site.name: {u.block_size: 0.0, 1: 1.0} for u in goal.sites}
     gone = total - left_by({u.site.name: u.block_size for u in goal.sites}, ("model.layers.1",))
-    blocks = {"model.layers.1": Block(1, 1e-3, gone, gone)}
-    assert solve_curves(goal, curves, gone / total, blocks=blocks).skipped == ("model.layers.1",)
+    skips = {"model.layers.1": Skip(1, 1e-3, gone, gone)}
+    assert solve_curves(goal, curves, gone / total, skips=skips).skipped == ("model.layers.1",)
     short = (gone - 1) / total
-    assert solve_curves(goal, curves, short, blocks=blocks) == solve_curves(goal, curves, short)
+    assert solve_curves(goal, curves, short, skips=skips) == solve_curves(goal, curves, short)
+
+
+def test_a_layer_that_does_not_fit_is_not_promised() -> None:
+    """Widths alone do not go far enough, and the layer goes too far."""
+    goal = goal_of()
+    total = sum(goal.sizes.values())
+    whole = {u.site.name: u.block_size for u in goal.sites}
+    curves = {name: {n: 0.0, n - 1: 1.0} for name, n in whole.items()}
+    gone = total - left_by(whole, ("model.layers.1",))
+    most = 1 - left_by({name: n - 1 for name, n in whole.items()}, ()) / total
+    with pytest.raises(PlanError, match=rf"^ratio 0\.35 cannot be reached: .* than is to go, {most:.4f} goes"):
+        solve_curves(goal, curves, 0.35, skips={"model.layers.1": Skip(1, 0.1, gone, gone)})
+
+
+@pytest.mark.parametrize("saves", [0.0, -3.0])
+def test_a_layer_that_saves_nothing_stays(saves: float) -> None:
+    goal = goal_of()
+    curves = {u.site.name: {u.block_size: 0.0, 1: 1.0} for u in goal.sites}
+    useless = {"model.layers.1": Skip(1, 100.0, saves, 1000)}
+    for ratio in (0.1, 0.2, 0.3):
+        assert solve_curves(goal, curves, ratio, skips=useless) == solve_curves(goal, curves, ratio)
 
 
 def test_layers_count_in_what_can_be_reached() -> None:
@@ -395,12 +484,12 @@ def test_layers_count_in_what_can_be_reached() -> None:
     curves = {u.site.name: {u.block_size: 0.0, u.block_size - 1: 1.0} for u in goal.sites}
     whole = {u.site.name: u.block_size for u in goal.sites}
     gone = total - left_by(whole, ("model.layers.1",))
-    blocks = {"model.layers.1": Block(1, 1e3, gone, gone)}
+    skips = {"model.layers.1": Skip(1, 1e3, gone, gone)}
     narrow = {name: n - 1 for name, n in whole.items()}
     most = 1 - left_by(narrow, ("model.layers.1",)) / total
-    assert solve_curves(goal, curves, most, blocks=blocks).skipped == ("model.layers.1",)
-    with pytest.raises(PlanError, match=rf"^ratio 0\.9 cannot be reached: .* narrowest width, {most:.4f} goes"):
-        solve_curves(goal, curves, 0.9, blocks=blocks)
+    assert solve_curves(goal, curves, most, skips=skips).skipped == ("model.layers.1",)
+    with pytest.raises(PlanError, match=rf"^ratio 0\.9 cannot be reached: .* than is to go, {most:.4f} goes"):
+        solve_curves(goal, curves, 0.9, skips=skips)
 
 
 # -- the allocation ---------------------------------------------------------------------------------------------------

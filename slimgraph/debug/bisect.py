@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from slimgraph.debug.compare import Distance, Losses
 from slimgraph.debug.findings import Bisection, Block, Node, Projection
-from slimgraph.debug.opened import Opened, Source, open_model, without_skipped
+from slimgraph.debug.opened import Opened, Source, open_model, skipped_in, without_layers
 from slimgraph.debug.restore import restorations
 from slimgraph.debug.weave import Strands, Thread, weave
 from slimgraph.errors import CalibrationError, ModelError, PlanError
@@ -87,7 +87,7 @@ def bisect(
         after = open_model(pruned, shape=(1, seq_len), **options)
     if plan is None and after.manifest is not None:
         plan = Plan.from_dict(after.manifest.plan)
-    before = without_skipped(before, plan)
+    before = without_layers(before, skipped_in(before, after, plan))
     _check_alike(before, after)
     resolved = None if plan is None else resolve(before.structure, Plan(plan.cuts))
     batches = _batches(before, after, tokens.to(after.device), seq_len, batch)

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from slimgraph.attributes import integers_of
-from slimgraph.debug.opened import Opened, Source, open_model, original, parameters_of, without_skipped
+from slimgraph.debug.opened import Opened, Source, open_model, original, parameters_of, skipped_in, without_layers
 from slimgraph.debug.report import table
 from slimgraph.debug.weave import align
 from slimgraph.errors import ModelError, PlanError
@@ -175,7 +175,7 @@ def diff(dense: Source | Opened | None, pruned: Source | Opened, *, trust_remote
             f"{before.name} is a {type(before.model).__name__} and {after.name} a {type(after.model).__name__}; "
             "expected a model and one pruned from it"
         )
-    plan = Plan() if after.manifest is None else Plan.from_dict(after.manifest.plan)
+    skipped = skipped_in(before, after)
     groups, notes = _groups(before.structure, after.structure, after.manifest)
     return Difference(
         dense=before.name,
@@ -184,9 +184,9 @@ def diff(dense: Source | Opened | None, pruned: Source | Opened, *, trust_remote
         parameters_after=sum(p.numel() for p in after.model.parameters()),
         groups=tuple(groups),
         parameters=tuple(_parameters(before.model, after.model)),
-        views=tuple(_views(without_skipped(before, plan).graph, after.graph)),
+        views=tuple(_views(without_layers(before, skipped).graph, after.graph)),
         attributes=tuple(_attributes(before.model, after.model)),
-        layers=tuple(_layers(before, after, groups, plan)),
+        layers=tuple(_layers(before, after, groups, skipped)),
         notes=tuple(notes),
     )
 
@@ -296,7 +296,7 @@ def _held(module: nn.Module) -> dict[str, int]:
     return held
 
 
-def _layers(dense: Opened, pruned: Opened, groups: Sequence[GroupChange], plan: Plan) -> list[LayerChange]:
+def _layers(dense: Opened, pruned: Opened, groups: Sequence[GroupChange], skipped: Sequence[str]) -> list[LayerChange]:
     before, after = parameters_of(dense.model), parameters_of(pruned.model)
     changes = {g.group: g for g in groups}
     found = []
@@ -313,7 +313,7 @@ def _layers(dense: Opened, pruned: Opened, groups: Sequence[GroupChange], plan: 
             if len(names) == 2:
                 kv = changes.get(names[0].name)
                 units["kv groups"] = (names[0].units, kv.kept if kv else names[0].units)
-        if path in plan.skipped:
+        if path in skipped:
             units = {kind: (was, 0) for kind, (was, _) in units.items()}
         found.append(LayerChange(layer, path, (_count(before, path), _count(after, path)), units))
     return found

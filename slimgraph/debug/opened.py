@@ -28,7 +28,7 @@ from slimgraph.pretrained import load_model
 from slimgraph.trace import canonical_names, retarget, tensor_at, trace
 from slimgraph.weightfiles import stored_tensors, weight_files
 
-__all__ = ["Opened", "open_model", "original", "parameters_of", "without_skipped"]
+__all__ = ["Opened", "open_model", "original", "parameters_of", "skipped_in", "without_layers"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -109,15 +109,19 @@ def open_model(
     return Opened(name, model, structure, fetch, manifest, torch.device(device))
 
 
-def without_skipped(dense: Opened, plan: Plan | None) -> Opened:
-    """The dense model with the graph that a plan's cuts are made in: without the layers that it skips.
+def skipped_in(dense: Opened, pruned: Opened, plan: Plan | None = None) -> tuple[str, ...]:
+    """Layers that a pruned model skips, by its manifest or a plan, and the dense one does not."""
+    known = {*(pruned.manifest.skipped if pruned.manifest else ()), *(plan.skipped if plan else ())}
+    return tuple(path for path in dense.structure.layers if path in known and path not in pruned.structure.layers)
+
+
+def without_layers(dense: Opened, layers: tuple[str, ...]) -> Opened:
+    """The dense model with the graph without these layers, in which the cuts of a pruned one were made.
 
     Raises:
         PlanError: the layers cannot be skipped.
     """
-    if plan is None or not plan.skipped:
-        return dense
-    return replace(dense, structure=resolve(dense.structure, Plan(skipped=plan.skipped)).structure)
+    return replace(dense, structure=resolve(dense.structure, Plan(skipped=layers)).structure) if layers else dense
 
 
 def original(model: nn.Module) -> nn.Module:
