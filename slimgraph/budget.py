@@ -192,13 +192,7 @@ def solve_curves(
     needed = ratio * before
     saved = {name: {keep: before - of({**whole, name: keep}) for keep in curves[name]} for name in whole}
     layers = {path: _Layer(skip, _sites(goal, skip.layer)) for path, skip in skips.items()}
-    keep, skipped, removed = _share_out(curves, saved, layers, needed)
-    if removed < needed * (1 - _CLOSE):
-        also = " and every layer skipped that saves no more than is to go" if layers else ""
-        raise PlanError(
-            f"ratio {ratio:g} cannot be reached: with every site at its narrowest width{also}, {removed / before:.4f} "
-            "goes. Ask for at most that, or try narrower widths"
-        )
+    keep, skipped = _share_out(curves, saved, layers, needed, before)
     gone = sum(skips[path].parameters for path in skipped)
     shares = _shares(goal.sites, keep) | {skips[path].layer: 1.0 for path in skipped}
     return Budget(keep, shares, sum(goal.sizes.values()), _after(goal, keep) - gone, skipped)
@@ -220,8 +214,10 @@ def _share_out(
     saved: Mapping[str, Mapping[int, float]],
     layers: Mapping[str, _Layer],
     needed: float,
-) -> tuple[dict[str, int], tuple[str, ...], float]:
-    """Width of each site, layers that go, and what that saves; sites of those layers count as whole."""
+    before: float,
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Width of each site and layers that go, by the steps in their order; sites of those layers count as whole."""
+    _check_enough(saved, layers, needed, before)
     whole = {name: max(curves[name]) for name in curves}
     steps = {name: list(_hull_steps(name, saved[name], curves[name])) for name in whole}
     for path, layer in layers.items():
@@ -237,7 +233,7 @@ def _share_out(
         if name in layers:
             more = layers[name].skip.saves - sum(saved[site][keep[site]] for site in layers[name].sites)
             if more > room + _ROUNDING * needed:  # a layer cannot be cut short, and its sites may have to do without it
-                return _share_out(curves, saved, {p: a for p, a in layers.items() if p != name}, needed)
+                return _share_out(curves, saved, {p: a for p, a in layers.items() if p != name}, needed, before)
             keep |= {site: whole[site] for site in layers[name].sites}
             skipped.append(name)
             removed += more
@@ -247,7 +243,20 @@ def _share_out(
         width = min(between, key=lambda w: abs(saved[name][w] - room)) if saved[name][width] > room else width
         removed += saved[name][width] - saved[name][keep[name]]
         keep[name] = width
-    return keep, tuple(skipped), removed
+    return keep, tuple(skipped)
+
+
+def _check_enough(
+    saved: Mapping[str, Mapping[int, float]], layers: Mapping[str, _Layer], needed: float, before: float
+) -> None:
+    most = sum(max(widths.values()) for widths in saved.values())
+    most += sum(max(0.0, a.skip.saves - sum(max(saved[s].values()) for s in a.sites)) for a in layers.values())
+    if most < needed * (1 - _CLOSE):
+        raise PlanError(
+            f"ratio {needed / before:g} cannot be reached: with every site at its narrowest width"
+            f"{' and every layer skipped that is not too large' if layers else ''}, {most / before:.4f} goes. "
+            "Ask for at most that, or try narrower widths"
+        )
 
 
 def _with_skip(
