@@ -10,7 +10,7 @@ from torch.utils.benchmark import Timer
 __all__ = ["faster_in"]
 
 _SIZE = 512  # rows and columns: large enough for full speed, a few milliseconds on a slow core
-_SECONDS = 0.02  # of measuring one dtype
+_SECONDS = 0.05  # of measuring one dtype
 _GAIN = 1.2  # what is less may be chance, and is not worth the digits
 
 
@@ -18,7 +18,7 @@ _GAIN = 1.2  # what is less may be chance, and is not worth the digits
 def faster_in(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether products in this dtype take less time than in float32: not where a processor has no matrix unit for it.
 
-    Measured once per process, in about a tenth of a second.
+    Measured once per process, in less than half a second.
     """
     return _GAIN * _seconds(dtype, device) < _seconds(torch.float32, device)
 
