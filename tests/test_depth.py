@@ -251,6 +251,8 @@ def test_a_plan_that_skips_and_cuts_makes_a_checkpoint(family: str, tmp_path: Pa
     with handed_on(masked, list(plan.skipped)):
         torch.testing.assert_close(logits(result.model, IDS), logits(masked, IDS))
     assert [each.channels for each in layers_of(result)] == [(20, 20), (20, 0), (20, 18), (20, 0)]
+    widths = result.manifest().per_layer_config  # by the layer's own number
+    assert widths.keys() == {2} if family == "llama" else widths.keys() <= {2}
     result.save(tmp_path / "pruned")
     loaded = checkpoint.load(tmp_path / "pruned")
     # A dtype of buffers that is not the weights' is not kept by loading.
@@ -333,6 +335,11 @@ def test_a_skipped_layer_is_seen_by_those_who_compare() -> None:
     assert "0 parameters reshaped, 9 gone, 0 biases added" in repr(found)
     assert found.views == ()
     assert diff(result.model, result.model).views == ()
+    kv = {"model.layers.3.self_attn.o_proj.weight[1].0": {"units": 3, "keep": [[0, 2]], "within": None}}
+    both = applied(dense, {**kv, "model.layers.1": None})
+    assert both.model is not None
+    hf.attach(both.model, both.manifest())
+    assert {view.module for view in diff(dense, both.model).views} == {"model.layers.3.self_attn"}
     seen = bisect(dense, result.model, tokens(64), seq_len=16)
     assert [each.path for each in seen.blocks] == [f"model.layers.{i}" for i in (0, 1, 3)]
     assert max(each.error for each in seen.blocks) == pytest.approx(0, abs=1e-12)
