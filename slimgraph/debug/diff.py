@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from slimgraph.attributes import integers_of
-from slimgraph.debug.opened import Opened, Source, open_model, original, parameters_of, skipped_in, without_layers
+from slimgraph.debug.opened import Opened, Source, open_model, original, parameters_of, skipped_in
 from slimgraph.debug.report import table
 from slimgraph.debug.weave import align
 from slimgraph.errors import ModelError, PlanError
@@ -184,7 +184,7 @@ def diff(dense: Source | Opened | None, pruned: Source | Opened, *, trust_remote
         parameters_after=sum(p.numel() for p in after.model.parameters()),
         groups=tuple(groups),
         parameters=tuple(_parameters(before.model, after.model)),
-        views=tuple(_views(without_layers(before, skipped).graph, after.graph)),
+        views=tuple(_views(before.graph, after.graph)),
         attributes=tuple(_attributes(before.model, after.model)),
         layers=tuple(_layers(before, after, groups, skipped)),
         notes=tuple(notes),
