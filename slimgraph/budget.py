@@ -255,7 +255,7 @@ def _check_enough(
         raise PlanError(
             f"ratio {needed / before:g} cannot be reached: with every site at its narrowest width"
             f"{' and every layer skipped that is not too large' if layers else ''}, {most / before:.4f} goes. "
-            "Ask for at most that, or try narrower widths"
+            f"Ask for at most {most / before:.4f}, or try narrower widths"
         )
 
 

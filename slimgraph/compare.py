@@ -181,7 +181,7 @@ def sweep(
     calibration: Calibration,
     *,
     tokenizer: Any = None,
-    method: str = "slimllm",
+    method: str | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> list[Contender]:

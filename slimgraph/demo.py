@@ -82,7 +82,7 @@ def run(
 
     rows = [_measure("dense", dense, test, start, progress)]
     notes = {"model": source, "method": "slimllm", "calibration": "prose of the Python language reference"}
-    result = prune(dense, ids, ratio, notes=notes, progress=progress, watch=watch)
+    result = prune(dense, ids, ratio, recipe="slimllm", notes=notes, progress=progress, watch=watch)
     same_cut = Recipe((ApplyPlan(plan=result.plan.to_dict()),))
     bare = prune(dense, ids, recipe=same_cut, progress=progress)
     rows.append(_measure("pruned, without recovery", _module(bare), test, start, progress))

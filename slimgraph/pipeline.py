@@ -23,7 +23,7 @@ from slimgraph.passes import Pass
 from slimgraph.plan import Plan, resolve
 from slimgraph.pretrained import check_finite, check_tokens
 from slimgraph.progress import SILENT, Progress, Stopwatch
-from slimgraph.recipe import Recipe, recipe_for
+from slimgraph.recipe import Recipe, default_method, recipe_for
 from slimgraph.state import State, attach, state_of
 from slimgraph.text import Tokenizer, calibration_tokens, is_source
 from slimgraph.trace import trace
@@ -116,7 +116,7 @@ def prune(
     tokenizer: Tokenizer | None = None,
     samples: int = 32,
     seq_len: int = 128,
-    recipe: Recipe | str = "slimllm",
+    recipe: Recipe | str | None = None,
     recovery: str | None = None,
     heads: str = "auto",
     round_to: int = 8,
@@ -138,13 +138,14 @@ def prune(
         tokenizer: of the model, for a calibration text.
         samples: number of windows that are drawn from a calibration text.
         seq_len: tokens of each window.
-        recipe: a `Recipe`, or the name of a method, see `slimgraph.recipe.method`.
+        recipe: a `Recipe`, or the name of a method, see `slimgraph.recipe.method`; "slimgraph" by default, or "slimllm"
+            for a model that cannot write text, see `slimgraph.generate.can_generate`.
         recovery: "least_squares", "regression", "bias_only" or "no_recovery" instead of the method's own; see
             `slimgraph.recipe.method`.
         heads: "kv", "balanced" or "auto": what goes under grouped-query attention.
         round_to: kept channels are a multiple of this.
         batch: samples that go through the model at once; as many as have 4 096 tokens by default.
-        seed: of the drawn windows and of random scores.
+        seed: of the drawn windows, of what the model writes itself and of random scores.
         notes: kept in the result's recipe, beside the calibration settings.
         progress: shows what is going on; quiet by default.
         watch: collects seconds by stage.
@@ -161,7 +162,9 @@ def prune(
         CalibrationError: no calibration tokens, too few, or some that the model does not know.
         NumericsError: NaN or infinity in weights or activations.
     """
-    chosen = recipe_for(recipe, ratio, recovery=recovery, heads=heads, round_to=round_to, seed=seed)
+    writes = can_generate(model)
+    named = default_method(writes) if recipe is None else recipe
+    chosen = recipe_for(named, ratio, recovery=recovery, heads=heads, round_to=round_to, seed=seed)
     watch = watch or Stopwatch()
     ids, settings = read_calibration(calibration, tokenizer, samples, seq_len, seed)
     check_tokens(model, ids)
@@ -179,7 +182,7 @@ def prune(
         sizes={name: p.numel() for name, p in model.named_parameters()},
         watch=watch,
         progress=progress or SILENT,
-        generate=partial(generate, model) if can_generate(model) else None,
+        generate=partial(generate, model) if writes else None,
         scores={} if keep_scores else None,
     )
     pruned = run_passes(attach(dense, state), chosen.passes, verify=verify)

@@ -34,7 +34,7 @@ from slimgraph.passes import (
     pass_named,
 )
 
-__all__ = ["METHODS", "Recipe", "method", "recipe_for"]
+__all__ = ["METHODS", "Recipe", "default_method", "method", "recipe_for"]
 
 METHODS = ("slimgraph", "slimllm", "magnitude", "wanda", "flap", "taylor", "random")
 
@@ -139,6 +139,15 @@ def method(
         raise RecipeError(f"no method is called {name!r}; there are {', '.join(METHODS)}")
     uniform = UniformAllocation(ratio=ratio, heads=heads, round_to=round_to)
     return Recipe((scores[name], _recovery(recovery or "no_recovery"), uniform, Sweep(), Verify()))
+
+
+def default_method(writes: bool) -> str:
+    """The method where none is asked for: "slimgraph", or "slimllm" for a model that cannot write text.
+
+    Args:
+        writes: whether the model is in memory as a whole and `generate.can_generate`.
+    """
+    return "slimgraph" if writes else "slimllm"
 
 
 def recipe_for(recipe: Recipe | str, ratio: float, **options: Any) -> Recipe:

@@ -26,6 +26,7 @@ from slimgraph.progress import SILENT
 from slimgraph.recipe import method
 
 SMALL = ["--samples", "4", "--seq-len", "16"]
+PUBLISHED = [*SMALL, "--method", "slimllm"]
 
 
 class Run(NamedTuple):
@@ -67,7 +68,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pruned_dir(model_dir: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pruned") / "model"
-    assert cli._run(["prune", str(model_dir), "--out", str(out), "--calibration", str(text), *SMALL]) == 0
+    assert cli._run(["prune", str(model_dir), "--out", str(out), "--calibration", str(text), *PUBLISHED]) == 0
     return out
 
 
@@ -84,7 +85,7 @@ def test_prune_streams_when_asked_or_when_memory_is_short(
     def weights(directory: Path) -> dict[str, torch.Tensor]:
         return {n: t for f in directory.glob("*.safetensors") for n, t in load_file(f).items()}
 
-    common = ["prune", model_dir, "--calibration", text, *SMALL]
+    common = ["prune", model_dir, "--calibration", text, *PUBLISHED]
     needed = memory_needed(model_dir, torch.float32)
     assert needed == sum(t.nbytes for t in weights(model_dir).values())
     for name, given, free, streams in [
@@ -99,6 +100,27 @@ def test_prune_streams_when_asked_or_when_memory_is_short(
         assert run(*common, "--out", out, *given).code == 0
         assert (out in calls) == streams
         assert all(t.equal(weights(pruned_dir)[n]) for n, t in weights(out).items())
+
+
+def test_the_method_where_none_is_asked_for(
+    run: Callable[..., Run], model_dir: Path, text: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def chosen(name: str, *given: object) -> str:
+        out = tmp_path / name
+        done = run("prune", model_dir, "--out", out, "--calibration", text, *SMALL, *given)
+        assert (done.code, done.err) == (0, "")
+        manifest = load_manifest(out)
+        assert manifest is not None
+        said = manifest.recipe["notes"]["method"]
+        assert f": {said}, 4 x 16 calibration tokens" in done.out
+        assert manifest.recipe["passes"] == method(said, 0.2).to_dict()["passes"]
+        return said
+
+    assert chosen("whole") == "slimgraph"
+    assert chosen("streamed", "--stream") == "slimllm"
+    monkeypatch.setattr(pruning, "can_generate", lambda _: False)
+    assert chosen("mute") == "slimllm"
+    assert chosen("asked", "--method", "wanda") == "wanda"
 
 
 def test_options_that_streaming_cannot_do_are_refused(
@@ -146,7 +168,7 @@ def test_wrong_use_of_what_looks_at_models(run: Callable[..., Run], model_dir: P
 
 def test_prune_says_what_it_chose(run: Callable[..., Run], model_dir: Path, text: Path, tmp_path: Path) -> None:
     out, plan = tmp_path / "out", tmp_path / "plan.json"
-    done = run("prune", model_dir, "--out", out, "--ratio", 0.2, "--calibration", text, *SMALL, "--plan", plan)
+    done = run("prune", model_dir, "--out", out, "--ratio", 0.2, "--calibration", text, *PUBLISHED, "--plan", plan)
     assert (done.code, done.err) == (0, "")
     for word in ("heads", "kv groups", "channels", "unit ratio", "similarity", " -> ", "removed", "sweep", "logits"):
         assert word in done.out
@@ -303,6 +325,16 @@ def test_prune_takes_text(
     assert [result.recipe["notes"]["calibration"] for result in results] == [str(text), str(text), "text", "text"]
     with pytest.raises(slimgraph.SlimgraphError, match="no tokenizer"):
         slimgraph.prune(tiny_llama(), content)
+
+
+def test_the_method_of_a_model_that_cannot_write_is_the_published_one(
+    tiny_llama: Callable[..., LlamaForCausalLM],
+) -> None:
+    ids = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(0))
+    model, mute = tiny_llama(), tiny_llama()
+    mute.generate = None
+    for each, name in ((model, "slimgraph"), (mute, "slimllm")):
+        assert slimgraph.prune(each, ids).recipe["passes"] == method(name, 0.2).to_dict()["passes"]
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1, 3), (0, 64)])

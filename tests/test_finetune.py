@@ -88,7 +88,7 @@ def dense_dir(
 @pytest.fixture(scope="module")
 def pruned(dense_dir: Path) -> slimgraph.Result:
     ids = torch.randint(64, (8, 16), generator=torch.Generator().manual_seed(0))
-    return slimgraph.prune(slimgraph.load(dense_dir), ids, ratio=0.2, round_to=1)
+    return slimgraph.prune(slimgraph.load(dense_dir), ids, ratio=0.2, round_to=1, recipe="slimllm")
 
 
 @pytest.fixture(scope="module")

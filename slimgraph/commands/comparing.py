@@ -58,7 +58,7 @@ def compare_command(
         typer.Option(help="For --sweep, as in prune.  [default: prose of the Python language reference]"),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows, for --sweep.")] = 32,
-    method: Annotated[str, typer.Option(help="For --sweep, as in prune.")] = "slimllm",
+    method: Annotated[str | None, typer.Option(help="For --sweep, as in prune.  [default: slimgraph]")] = None,
     seed: Annotated[int, typer.Option(help="Of the calibration windows drawn, for --sweep.")] = 0,
     plot_to: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Picture, .png or .svg.")] = None,
     device: Device = "cpu",
@@ -140,7 +140,7 @@ def _pruned(
     samples: int,
     seq_len: int,
     seed: int,
-    method: str,
+    method: str | None,
     progress: Progress,
 ) -> list[Contender]:
     ids = mixed_tokens(calibration or [], dense.tokenizer, samples=samples, seq_len=seq_len, seed=seed)

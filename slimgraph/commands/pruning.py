@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,10 +26,11 @@ from slimgraph.commands.options import (
 )
 from slimgraph.debug import report
 from slimgraph.errors import ModelError, RecipeError
+from slimgraph.generate import can_generate
 from slimgraph.pipeline import prune as prune_model
 from slimgraph.pretrained import load_model, load_tokenizer
 from slimgraph.progress import SILENT, Stopwatch
-from slimgraph.recipe import METHODS, Recipe, method
+from slimgraph.recipe import METHODS, Recipe, default_method, method
 from slimgraph.streaming import prune_checkpoint
 from slimgraph.text import mixed_tokens
 from slimgraph.units import HEAD_MODES
@@ -43,7 +45,11 @@ def prune_command(
     out: Annotated[Path, typer.Option(help="Directory for the pruned checkpoint.")],
     ratio: Annotated[float | None, typer.Option(help="Share of all parameters that goes.  [default: 0.2]")] = None,
     method_name: Annotated[
-        str | None, typer.Option("--method", help=f"One of {', '.join(METHODS)}.  [default: slimllm]")
+        str | None,
+        typer.Option(
+            "--method",
+            help=f"One of {', '.join(METHODS)}.  [default: slimgraph; slimllm where weights are streamed]",
+        ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML list of passes, instead of a method and a ratio.")] = None,
     calibration: Annotated[
@@ -78,13 +84,18 @@ def prune_command(
 ) -> None:
     """Remove a share of a model's parameters and save the smaller model."""
     progress, watch = start(verbose), Stopwatch()
-    chosen = _recipe(recipe, method_name, ratio, heads, round_to, no_recovery, seed)
     precision = dtype_named(dtype)
+    streams = _streams(stream, resume, model, precision)
+    name = method_name or default_method(writes=not streams)
+    of_method = partial(_of_method, ratio=ratio, heads=heads, round_to=round_to, no_recovery=no_recovery, seed=seed)
+    if recipe is not None:
+        _check_alone(method_name, ratio, heads, round_to, no_recovery)
+    chosen = of_method(name) if recipe is None else Recipe.from_file(recipe)
     check_file_target(plan, "--plan")
     check_file_target(scores, "--scores")
     notes = {
         "model": model,
-        "method": method_name or "slimllm" if recipe is None else f"recipe {recipe.name}",
+        "method": name if recipe is None else f"recipe {recipe.name}",
         "calibration": ", ".join(calibration or [_DEFAULT_TEXT]),
     }
     with distributed.joined(device_named(device)) as where:
@@ -95,7 +106,7 @@ def prune_command(
         with watch("load"), progress("read the calibration text"):
             tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
             ids = mixed_tokens(calibration or [], tokenizer, samples=samples, seq_len=seq_len, seed=seed)
-        if _streams(stream, resume, model, precision):
+        if streams:
             if verify:
                 raise ModelError(
                     "--verify needs the weights in memory; stream without it and run slimgraph verify on the result"
@@ -120,6 +131,9 @@ def prune_command(
         else:
             with watch("load"), progress(f"load {model}"):
                 dense = load_model(model, dtype=precision, device=where, trust_remote_code=trust_remote_code)
+            if recipe is None and method_name is None and not can_generate(dense):
+                notes["method"] = default_method(writes=False)
+                chosen = of_method(notes["method"])
             result = prune_model(
                 dense,
                 ids,
@@ -166,26 +180,24 @@ def _streams(asked: bool | None, resume: bool, model: str, dtype: torch.dtype) -
     return memory_needed(directory, dtype) > 0.5 * memory_free()
 
 
-def _recipe(
-    file: Path | None,
-    name: str | None,
-    ratio: float | None,
-    heads: str | None,
-    round_to: int | None,
-    no_recovery: bool,
-    seed: int,
-) -> Recipe:
+def _check_alone(
+    name: str | None, ratio: float | None, heads: str | None, round_to: int | None, no_recovery: bool
+) -> None:
+    """Refuse options that a recipe, which was given as well, says itself."""
     given = {"--method": name, "--ratio": ratio, "--heads": heads, "--round-to": round_to}
     given["--no-recovery"] = no_recovery or None
-    twice = [option for option, value in given.items() if value is not None]
-    if file is not None:
-        if twice:
-            raise RecipeError(f"{twice[0]} and --recipe were both given; a recipe says that itself: leave one out")
-        return Recipe.from_file(file)
+    for option, value in given.items():
+        if value is not None:
+            raise RecipeError(f"{option} and --recipe were both given; a recipe says that itself: leave one out")
+
+
+def _of_method(
+    name: str, *, ratio: float | None, heads: str | None, round_to: int | None, no_recovery: bool, seed: int
+) -> Recipe:
     if heads is not None and heads not in HEAD_MODES:
         raise RecipeError(f"--heads is {heads!r}; expected one of {', '.join(HEAD_MODES)}")
     return method(
-        name or "slimllm",
+        name,
         0.2 if ratio is None else ratio,
         recovery="no_recovery" if no_recovery else None,
         heads=heads or "auto",
