@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def generate(
     if not can_generate(model):
         raise CalibrationError(
             f"{type(model).__name__} has no `generate` of transformers; expected a model that can write text: "
-            "calibrate with given text only"
+            "take a recipe without self_calibration, or the method slimllm"
         )
     device = next(model.parameters()).device
     length = like.shape[1]
@@ -96,13 +97,22 @@ def _beginnings(model: Any, like: Tensor, samples: int, dice: torch.Generator) -
 
 
 def _write(model: Any, first: Tensor, length: int, temperature: float, dice: torch.Generator, tick: Any) -> Tensor:
-    """(samples, length) token by token with a cache; `transformers`' own loop goes over all logits three times more."""
+    """(samples, length) token by token, with a cache where the model can keep one.
+
+    `transformers`' own loop goes over all logits three times more.
+    """
     end = model.generation_config.eos_token_id
     never = [] if end is None else [end] if isinstance(end, int) else list(end)
-    written, cache = [first], None
+    written, cache, caches = [first], None, True
     for _ in range(length - 1):
-        unread = torch.cat(written, 1) if cache is None else written[-1]
-        made = _forward(model, input_ids=unread, past_key_values=cache, use_cache=True)
+        made = None
+        if caches:
+            unread = torch.cat(written, 1) if cache is None else written[-1]
+            with suppress(Exception):  # some cannot keep one, like those whose layers all have a state in its place
+                made = model(input_ids=unread, past_key_values=cache, use_cache=True)
+            caches = made is not None
+        if made is None:
+            made = _uncached(model, torch.cat(written, 1))
         cache = getattr(made, "past_key_values", None)  # some keep none, and read all again
         try:
             written.append(_draw(made.logits[:, -1], temperature, never, dice))
@@ -112,13 +122,14 @@ def _write(model: Any, first: Tensor, length: int, temperature: float, dice: tor
     return torch.cat(written, 1)
 
 
-def _forward(model: Any, **given: Any) -> Any:
+def _uncached(model: Any, tokens: Tensor) -> Any:
     try:
-        return model(**given)
-    except Exception as error:  # whatever somebody else's model makes of being asked for a cache
+        return model(input_ids=tokens, use_cache=False)
+    except Exception as error:  # whatever somebody else's model makes of it
         raise CalibrationError(
-            f"{type(model).__name__} cannot write text: {type(error).__name__}: {error}; expected a model that goes on "
-            "token by token: calibrate with given text only"
+            f"{type(model).__name__} cannot write text: {type(error).__name__}: {error}; expected a model that reads "
+            f"{tuple(tokens.shape)} tokens and predicts the next: take a recipe without self_calibration, or the "
+            "method slimllm"
         ) from error
 
 

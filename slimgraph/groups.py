@@ -60,10 +60,9 @@ class _Builder:
         self.projecting = {p.contraction.node for p in self.projections}
 
     def build(self) -> Structure:
-        for node in self.analysis.graph_module.graph.nodes:
-            self._layer_of_path(module_path(node))
         places = self._places()
         residual = self._residual_atoms()
+        self.layers = self._find_layers(residual)
         heads = {a for t in self.analysis.heads for a in self.axes.atoms(t) if a.frozen is None}
         found = [s for p in self.projections if (s := self._site_atoms(p, residual, heads)) is not None]
         names = self._names(places, found)
@@ -100,10 +99,26 @@ class _Builder:
 
     # -- layers ---------------------------------------------------------------------------------------------------
 
+    def _find_layers(self, residual: set[Atom]) -> dict[str, int]:
+        """Numbered modules that work on the residual stream, in graph order; without a stream, all numbered ones."""
+        layers: dict[str, int] = {}
+        for node in self.analysis.graph_module.graph.nodes:
+            block = _block(module_path(node))
+            near = (node, *node.all_input_nodes)
+            if block is not None and (not residual or any(self._along(n) in residual for n in near)):
+                layers.setdefault(block, len(layers))
+        return layers
+
+    def _along(self, node: fx.Node) -> Term | None:
+        """The last dimension of an activation."""
+        dims = self.analysis.dims.get(node)
+        if node not in self.analysis.moving or not isinstance(dims, tuple) or not dims:
+            return None
+        return self.axes.find(dims[-1])
+
     def _layer_of_path(self, path: str) -> int | None:
-        """Blocks are repeated under a number; the outermost number in a module path is the block's."""
-        match = re.match(r"(.*?(?:^|\.)\d+)(?:\.|$)", path)
-        return None if match is None else self.layers.setdefault(match[1], len(self.layers))
+        block = _block(path)
+        return None if block is None else self.layers.get(block)
 
     def _layer_of_group(self, atom: Atom, occurrences: list[Occurrence], residual: set[Atom]) -> int | None:
         if atom in residual:
@@ -266,6 +281,12 @@ def _kind(atom: Atom, residual: set[Atom], heads: set[Atom], experts: set[Atom],
     if atom in experts:
         return "experts"
     return "channels" if atom in site_atoms else "inner"
+
+
+def _block(path: str) -> str | None:
+    """Blocks are repeated under a number; the outermost number in a module path is the block's."""
+    match = re.match(r"(.*?(?:^|\.)\d+)(?:\.|$)", path)
+    return None if match is None else match[1]
 
 
 def _label(o: Occurrence) -> str:

@@ -133,22 +133,40 @@ def test_a_low_precision_writes_text_too() -> None:
 
 def test_a_model_that_cannot_write_is_refused() -> None:
     assert not can_generate(Toy())
-    message = "Toy has no `generate` of transformers; expected a model that can write text: calibrate with given text"
-    with pytest.raises(CalibrationError, match=f"^{re.escape(message)} only$"):
+    message = "Toy has no `generate` of transformers; expected a model that can write text: take a recipe"
+    with pytest.raises(CalibrationError, match=f"^{re.escape(message)} without self_calibration"):
         generate(Toy(), IDS, 2)
 
 
-def test_a_model_that_fails_token_by_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_a_model_that_fails_with_a_cache_reads_all_again(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Whether it fails at once or where it would go on."""
+    model = model_with()
+    written, forward = generate(model, SAME_START, 4), model.forward
+
+    def failing(**given: Any) -> Any:
+        if given["use_cache"] and (tokens == 1 or given["past_key_values"] is not None):
+            raise ValueError("no cache of this kind")
+        return forward(**given)
+
+    monkeypatch.setattr(model, "forward", failing)
+    assert generate(model, SAME_START, 4).equal(written)
+
+
+def test_a_model_that_fails_without_a_cache_too_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_with()
     forward = model.forward
 
     def once(**given: Any) -> Any:
-        if given["past_key_values"] is not None:
+        if given["input_ids"].shape[1] > 1 or given.get("past_key_values") is not None:
             raise ValueError("no second token")
         return forward(**given)
 
     monkeypatch.setattr(model, "forward", once)
-    message = "LlamaForCausalLM cannot write text: ValueError: no second token; expected a model that goes on"
+    message = (
+        r"^LlamaForCausalLM cannot write text: ValueError: no second token; expected a model that reads "
+        r"\(2, 2\) tokens and predicts the next: take a recipe without self_calibration, or the method slimllm$"
+    )
     with pytest.raises(CalibrationError, match=message):
         generate(model, SAME_START, 2)
 

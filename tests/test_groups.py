@@ -492,6 +492,29 @@ def test_a_layer_off_the_residual_stream_has_no_boundaries() -> None:
         infer(trace(Stack())).boundaries()
 
 
+def test_a_numbered_module_beside_the_residual_stream_is_no_layer() -> None:
+    class Angles(nn.Module):
+        def forward(self, positions: torch.Tensor) -> torch.Tensor:
+            return positions.float().cos()
+
+    class Beside(Toy):
+        def __init__(self, *blocks: nn.Module) -> None:
+            super().__init__(*blocks)
+            self.tables = nn.ModuleList([Angles()])
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x = self.embedding(input_ids)
+            angles = self.tables[0](torch.arange(input_ids.shape[1]))[:, None]
+            for layer in self.layers:
+                x = x + layer(x * angles)
+            return self.out(x)
+
+    structure = infer(trace(Beside(FeedForward(), FeedForward())))
+    assert structure.layers == ["layers.0", "layers.1"]
+    assert [s.layer for s in structure.prunable_sites()] == [0, 1]
+    assert len(structure.boundaries()) == 2
+
+
 def test_positions_of_a_batch_are_no_group() -> None:
     bench = Bench()
     bench(aten.add.Tensor, bench(aten.embedding.default, bench.source("w", 9, 4), bench.ids), bench.source("p", 3, 4))
