@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slimgraph.errors import CalibrationError, NumericsError
+from slimgraph.memory import is_out_of_memory, with_smaller_batches
 from slimgraph.moments import row_slices
 from slimgraph.progress import SILENT, Progress
 from slimgraph.trace import evaluating
 
 __all__ = ["can_generate", "generate"]
 
-_TOGETHER = 256  # samples that are written at once
+_TOGETHER = 256  # samples that are written at once, if memory allows
 _BLOCK = 256  # tokens whose probabilities are added up first
 
 
@@ -59,6 +59,7 @@ def generate(
 
     Raises:
         CalibrationError: the model cannot generate, or fails when it tries.
+        EvaluationError: memory runs out with a single sample at once.
         NumericsError: its probabilities are not finite.
     """
     if not can_generate(model):
@@ -71,11 +72,17 @@ def generate(
     dice = torch.Generator(device).manual_seed(seed)
     with evaluating(model):
         first, ahead = _beginnings(model, like, samples, dice)
-        pieces = torch.split(first.to(device), _TOGETHER)
+        # Drawn for all at once, so that it makes no difference how many are written together.
+        shares = torch.rand(length + ahead - 1, samples, generator=dice, device=device, dtype=torch.float64)
         writer = model if dtype is None else _copied(model, dtype)
-        with (progress or SILENT)("writing samples", total=len(pieces) * length) as tick:
-            written = [_write(writer, piece, length + ahead, temperature, dice, tick) for piece in pieces]
-    return torch.cat(written)[:, ahead:].to(like.device)
+
+        def write(together: int) -> Tensor:
+            pieces = torch.split(first.to(device), together), torch.split(shares, together, 1)
+            with (progress or SILENT)("writing samples", total=len(pieces[0]) * len(shares)) as tick:
+                return torch.cat([_write(writer, *piece, temperature, tick) for piece in zip(*pieces, strict=True)])
+
+        written = with_smaller_batches(write, min(samples, _TOGETHER), "writing samples")
+    return written[:, ahead:].to(like.device)
 
 
 def _copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -96,26 +103,35 @@ def _beginnings(model: Any, like: Tensor, samples: int, dice: torch.Generator) -
     return like.flatten()[drawn.to(like.device)], 0
 
 
-def _write(model: Any, first: Tensor, length: int, temperature: float, dice: torch.Generator, tick: Any) -> Tensor:
-    """(samples, length) token by token, with a cache where the model can keep one.
+def _write(model: Any, first: Tensor, shares: Tensor, temperature: float, tick: Any) -> Tensor:
+    """(samples, 1 + steps) token by token, with a cache where the model can keep one.
 
     `transformers`' own loop goes over all logits three times more.
+
+    Args:
+        model: that writes.
+        first: (samples, 1) tokens.
+        shares: (steps, samples) float64 between 0 and 1, what is drawn.
+        temperature: above 0.
+        tick: counts steps.
     """
     end = model.generation_config.eos_token_id
     never = [] if end is None else [end] if isinstance(end, int) else list(end)
     written, cache, caches = [first], None, True
-    for _ in range(length - 1):
-        made = None
+    for share in shares:
         if caches:
             unread = torch.cat(written, 1) if cache is None else written[-1]
-            with suppress(Exception):  # some cannot keep one, like those whose layers all have a state in its place
+            try:
                 made = model(input_ids=unread, past_key_values=cache, use_cache=True)
-            caches = made is not None
-        if made is None:
+            except Exception as error:  # some cannot keep one, like those whose layers all have a state in its place
+                if is_out_of_memory(error):
+                    raise
+                caches = False
+        if not caches:
             made = _uncached(model, torch.cat(written, 1))
         cache = getattr(made, "past_key_values", None)  # some keep none, and read all again
         try:
-            written.append(_draw(made.logits[:, -1], temperature, never, dice))
+            written.append(_draw(made.logits[:, -1], temperature, never, share))
         except NumericsError as error:
             raise NumericsError(f"{type(model).__name__} cannot write text: {error}") from error
         tick()
@@ -126,6 +142,8 @@ def _uncached(model: Any, tokens: Tensor) -> Any:
     try:
         return model(input_ids=tokens, use_cache=False)
     except Exception as error:  # whatever somebody else's model makes of it
+        if is_out_of_memory(error):
+            raise
         raise CalibrationError(
             f"{type(model).__name__} cannot write text: {type(error).__name__}: {error}; expected a model that reads "
             f"{tuple(tokens.shape)} tokens and predicts the next: take a recipe without self_calibration, or the "
@@ -133,7 +151,7 @@ def _uncached(model: Any, tokens: Tensor) -> Any:
         ) from error
 
 
-def _draw(logits: Tensor, temperature: float, never: Sequence[int], dice: torch.Generator) -> Tensor:
+def _draw(logits: Tensor, temperature: float, never: Sequence[int], shares: Tensor) -> Tensor:
     """(samples, 1) int64, a token for each row, drawn from the softmax of logits / temperature.
 
     A few rows at a time, so that what is worked out of them stays in the cache.
@@ -142,16 +160,16 @@ def _draw(logits: Tensor, temperature: float, never: Sequence[int], dice: torch.
         logits: (samples, vocabulary) in any dtype; probabilities are float32.
         temperature: above 0.
         never: tokens that are not drawn; some configurations name an end that is not in the vocabulary.
-        dice: on the device of the logits.
+        shares: (samples,) float64 between 0 and 1, drawn for each row, on the device of the logits.
 
     Raises:
         NumericsError: the probabilities are not finite.
     """
-    return torch.cat([_drawn(logits[at].float() / temperature, never, dice) for at in row_slices(logits)])
+    return torch.cat([_drawn(logits[at].float() / temperature, never, shares[at, None]) for at in row_slices(logits)])
 
 
-def _drawn(logits: Tensor, never: Sequence[int], dice: torch.Generator) -> Tensor:
-    """A token for each row, where a random share of the total is reached: first the block of tokens, then the token.
+def _drawn(logits: Tensor, never: Sequence[int], shares: Tensor) -> Tensor:
+    """A token for each row, where its share of the total is reached: first the block of tokens, then the token.
 
     Shares reached are float64, so that the last of many tokens has its own.
     """
@@ -161,8 +179,7 @@ def _drawn(logits: Tensor, never: Sequence[int], dice: torch.Generator) -> Tenso
     reached = blocks.sum(-1).double().cumsum(-1)
     if not torch.isfinite(reached[:, -1]).all():
         raise NumericsError("its probabilities are not finite; check its weights, or run it in bfloat16 or float32")
-    share = torch.rand(len(logits), 1, generator=dice, device=logits.device, dtype=torch.float64)
-    wanted = share * reached[:, -1:]
+    wanted = shares * reached[:, -1:]
     block = torch.searchsorted(reached, wanted, right=True)
     inside = blocks.take_along_dim(block[:, :, None], 1)[:, 0].double().cumsum(-1)
     rest = wanted - (reached.take_along_dim(block, 1) - inside[:, -1:])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import slimgraph
 from slimgraph import distributed
-from slimgraph.errors import CalibrationError, NumericsError, PlanError, RecipeError
+from slimgraph.errors import CalibrationError, EvaluationError, NumericsError, PlanError, RecipeError
 from slimgraph.generate import _draw, can_generate, generate
 from slimgraph.passes import Magnitude, SelfCalibration, Sweep, UniformAllocation
 from slimgraph.recipe import Recipe, method
@@ -68,8 +68,11 @@ def test_a_drawn_token_is_drawn_as_often_as_it_is_likely() -> None:
     wanted = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 2
     never = [5, 699]
     dice = torch.Generator().manual_seed(1)
-    rows = [wanted.expand(4000, size).clone() for _ in range(count // 4000)]
-    found = torch.bincount(torch.cat([_draw(r, 1.0, never, dice).flatten() for r in rows]), minlength=size)
+    drawn = []
+    for _ in range(count // 4000):
+        shares = torch.rand(4000, generator=dice, dtype=torch.float64)
+        drawn.append(_draw(wanted.expand(4000, size).clone(), 1.0, never, shares).flatten())
+    found = torch.bincount(torch.cat(drawn), minlength=size)
     wanted[never] = -torch.inf
     expected = wanted.softmax(-1) * count
     assert not found[never].any()
@@ -151,6 +154,28 @@ def test_a_model_that_fails_with_a_cache_reads_all_again(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(model, "forward", failing)
     assert generate(model, SAME_START, 4).equal(written)
+
+
+@pytest.mark.parametrize("fits", [4, 3, 1, 0])
+def test_where_memory_runs_out_fewer_are_written_at_once(monkeypatch: pytest.MonkeyPatch, fits: int) -> None:
+    model = model_with()
+    written, forward = generate(model, SAME_START, 7), model.forward
+    tried: list[int] = []
+
+    def cramped(**given: Any) -> Any:
+        tried.append(len(given["input_ids"]))
+        if len(given["input_ids"]) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(**given)
+
+    monkeypatch.setattr(model, "forward", cramped)
+    if not fits:
+        with pytest.raises(EvaluationError, match=r"^writing samples: memory ran out with a batch of 1"):
+            generate(model, SAME_START, 7)
+        return
+    assert generate(model, SAME_START, 7).equal(written)
+    assert tried[:2] == [7, 3]
+    assert max(tried[tried.index(min(tried)) :]) <= fits
 
 
 def test_a_model_that_fails_without_a_cache_too_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
