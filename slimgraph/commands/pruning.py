@@ -61,7 +61,7 @@ def prune_command(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of each window.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of the windows drawn and of random scores.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the windows drawn, of written samples and of random scores.")] = 0,
     heads: Annotated[str | None, typer.Option(help=f"{', '.join(HEAD_MODES)}: what goes of attention.")] = None,
     round_to: Annotated[int | None, typer.Option(min=1, help="Kept channels are a multiple.  [default: 8]")] = None,
     no_recovery: Annotated[bool, typer.Option("--no-recovery", help="Do not refit the output projections.")] = False,
