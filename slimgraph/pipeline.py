@@ -146,7 +146,7 @@ def prune(
         round_to: kept channels are a multiple of this.
         batch: samples that go through the model at once; as many as have 4 096 tokens by default.
         seed: of the drawn windows, of what the model writes itself and of random scores.
-        notes: kept in the result's recipe, beside the calibration settings.
+        notes: kept in the result's recipe, beside the calibration settings and the name of the method.
         progress: shows what is going on; quiet by default.
         watch: collects seconds by stage.
         verify: check every invariant after each pass; an error then names the pass that broke it.
@@ -172,6 +172,8 @@ def prune(
     first = next(model.parameters())
     device = first.device
     settings["dtype"] = str(first.dtype).removeprefix("torch.")
+    if isinstance(named, str):
+        settings["method"] = named
     with watch("trace"), (progress or SILENT)("trace"):
         dense = trace(model, shape=(1, ids.shape[1]))
     with watch("analyse"):

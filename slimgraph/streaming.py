@@ -84,7 +84,7 @@ def prune_checkpoint(
         resume: go on with a run to `out` that was stopped.
         force: replace a checkpoint that is there.
         trust_remote_code: run modeling code that the checkpoint brings.
-        notes: kept in the checkpoint's recipe.
+        notes: kept in the checkpoint's recipe, beside the calibration settings and the name of the method.
         progress: shows what is going on; quiet by default.
         watch: collects seconds by stage.
         keep_scores: keep the score of every unit at the sites that are cut in this run, in `Result.scores`.
@@ -105,6 +105,8 @@ def prune_checkpoint(
         checkpoint.check_target(target, force=force)
     ids, settings = read_calibration(calibration, tokenizer, samples, seq_len, seed)
     settings["dtype"] = str(dtype).removeprefix("torch.")
+    if isinstance(recipe, str):
+        settings["method"] = recipe
     with watch("load"):
         model, stand_in = load_skeleton(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
     check_tokens(model, ids)

@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import slimgraph
-from slimgraph import cli, demo
+from slimgraph import cli, demo, pipeline
 from slimgraph.capacity import memory_needed
 from slimgraph.checkpoint import load_manifest
 from slimgraph.commands import options, pruning
@@ -118,7 +118,7 @@ def test_the_method_where_none_is_asked_for(
 
     assert chosen("whole") == "slimgraph"
     assert chosen("streamed", "--stream") == "slimllm"
-    monkeypatch.setattr(pruning, "can_generate", lambda _: False)
+    monkeypatch.setattr(pipeline, "can_generate", lambda _: False)
     assert chosen("mute") == "slimllm"
     assert chosen("asked", "--method", "wanda") == "wanda"
 
@@ -334,7 +334,9 @@ def test_the_method_of_a_model_that_cannot_write_is_the_published_one(
     model, mute = tiny_llama(), tiny_llama()
     mute.generate = None
     for each, name in ((model, "slimgraph"), (mute, "slimllm")):
-        assert slimgraph.prune(each, ids).recipe["passes"] == method(name, 0.2).to_dict()["passes"]
+        recipe = slimgraph.prune(each, ids).recipe
+        assert (recipe["notes"]["method"], recipe["passes"]) == (name, method(name, 0.2).to_dict()["passes"])
+    assert "method" not in slimgraph.prune(model, ids, recipe=method("slimllm", 0.2)).recipe["notes"]
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1, 3), (0, 64)])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -26,11 +25,10 @@ from slimgraph.commands.options import (
 )
 from slimgraph.debug import report
 from slimgraph.errors import ModelError, RecipeError
-from slimgraph.generate import can_generate
 from slimgraph.pipeline import prune as prune_model
 from slimgraph.pretrained import load_model, load_tokenizer
 from slimgraph.progress import SILENT, Stopwatch
-from slimgraph.recipe import METHODS, Recipe, default_method, method
+from slimgraph.recipe import METHODS, Recipe, default_method, recipe_for
 from slimgraph.streaming import prune_checkpoint
 from slimgraph.text import mixed_tokens
 from slimgraph.units import HEAD_MODES
@@ -86,18 +84,16 @@ def prune_command(
     progress, watch = start(verbose), Stopwatch()
     precision = dtype_named(dtype)
     streams = _streams(stream, resume, model, precision)
-    name = method_name or default_method(writes=not streams)
-    of_method = partial(_of_method, ratio=ratio, heads=heads, round_to=round_to, no_recovery=no_recovery, seed=seed)
     if recipe is not None:
         _check_alone(method_name, ratio, heads, round_to, no_recovery)
-    chosen = of_method(name) if recipe is None else Recipe.from_file(recipe)
+    options = _method_options(ratio, heads, round_to, no_recovery, seed)
+    chosen = method_name if recipe is None else Recipe.from_file(recipe)
+    recipe_for(chosen or default_method(writes=not streams), **options)  # refuses before anything is loaded
     check_file_target(plan, "--plan")
     check_file_target(scores, "--scores")
-    notes = {
-        "model": model,
-        "method": name if recipe is None else f"recipe {recipe.name}",
-        "calibration": ", ".join(calibration or [_DEFAULT_TEXT]),
-    }
+    notes = {"model": model, "calibration": ", ".join(calibration or [_DEFAULT_TEXT])}
+    if recipe is not None:
+        notes["method"] = f"recipe {recipe.name}"
     with distributed.joined(device_named(device)) as where:
         if not distributed.is_first():
             progress = SILENT
@@ -115,13 +111,13 @@ def prune_command(
                 model,
                 out,
                 ids,
-                recipe=chosen,
+                recipe=chosen or default_method(writes=False),
+                **options,
                 tokenizer=tokenizer,
                 dtype=precision,
                 device=where,
                 resume=resume,
                 force=force,
-                seed=seed,
                 keep_scores=scores is not None,
                 trust_remote_code=trust_remote_code,
                 notes=notes,
@@ -131,15 +127,11 @@ def prune_command(
         else:
             with watch("load"), progress(f"load {model}"):
                 dense = load_model(model, dtype=precision, device=where, trust_remote_code=trust_remote_code)
-            if recipe is None and method_name is None and not can_generate(dense):
-                notes["method"] = default_method(writes=False)
-                chosen = of_method(notes["method"])
             result = prune_model(
                 dense,
                 ids,
                 recipe=chosen,
-                heads=heads or "auto",
-                seed=seed,
+                **options,
                 notes=notes,
                 progress=progress,
                 watch=watch,
@@ -161,7 +153,7 @@ def prune_command(
     result.seconds = watch.stages()
     processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
     typer.echo(
-        f"{result.name} {model}: {notes['method']}, {samples} x {seq_len} calibration tokens of "
+        f"{result.name} {model}: {result.recipe['notes']['method']}, {samples} x {seq_len} calibration tokens of "
         f"{notes['calibration']}, seed {seed}, {dtype} on {device}{processes}\n"
     )
     typer.echo(report(result, inner=watch.outer()))
@@ -191,16 +183,16 @@ def _check_alone(
             raise RecipeError(f"{option} and --recipe were both given; a recipe says that itself: leave one out")
 
 
-def _of_method(
-    name: str, *, ratio: float | None, heads: str | None, round_to: int | None, no_recovery: bool, seed: int
-) -> Recipe:
+def _method_options(
+    ratio: float | None, heads: str | None, round_to: int | None, no_recovery: bool, seed: int
+) -> dict[str, Any]:
+    """What a method takes besides its name; recipes say it themselves."""
     if heads is not None and heads not in HEAD_MODES:
         raise RecipeError(f"--heads is {heads!r}; expected one of {', '.join(HEAD_MODES)}")
-    return method(
-        name,
-        0.2 if ratio is None else ratio,
-        recovery="no_recovery" if no_recovery else None,
-        heads=heads or "auto",
-        round_to=round_to or 8,
-        seed=seed,
-    )
+    return {
+        "ratio": 0.2 if ratio is None else ratio,
+        "recovery": "no_recovery" if no_recovery else None,
+        "heads": heads or "auto",
+        "round_to": round_to or 8,
+        "seed": seed,
+    }
