@@ -42,13 +42,13 @@ class HarmAllocation(_Allocation):
         tokens: calibration tokens that every cut is tried on.
         samples: calibration samples that the tried cuts are decided from, rounded up to whole micro-batches; all others
             are left to the sweep. None takes all.
-        power: harm is a power mean over their positions: 1 for the mean, 2 for the root mean square, which spares what
-            few positions need much.
+        power: harm is a power mean over their positions: 1 for the mean; 2, the root mean square, spares what few
+            positions need much.
         together: harms are scaled, kind by kind and width by width, to add up to what all cuts do at once.
         depth: whole layers compete as well, whatever `kinds` says, at the harm that it does to skip one alone. A
             skipped layer stays in the model's list and hands on what it is given.
-        spare_last: share of the layers that stay whole at the end, rounded. What the last layer's heads copy from
-            earlier in a text shows in few texts, and no later layer makes up for it.
+        spare_last_heads: share of the layers with heads, rounded, whose heads all stay: those at the end. What the
+            last layer's heads copy from earlier in a text shows in few texts, and no later layer makes up for it.
         of: what `ratio` is a share of: the "parameters" of the whole model; or, for one prompt as long as the
             calibration samples, "macs", the multiply-accumulates, output projection included; "cache", the keys and
             values that it leaves in a cache, of which only whole kv groups free any (`heads: kv`); or "latency", the
@@ -60,10 +60,10 @@ class HarmAllocation(_Allocation):
     widths: tuple[float, ...] = (0.25,)
     tokens: int = 1024
     samples: int | None = 32
-    power: float = 1.5
+    power: float = 1.0
     together: bool = True
     depth: bool = False
-    spare_last: float = 0.04
+    spare_last_heads: float = 0.04
     of: str = "parameters"
     dtype: str | None = "bfloat16"
 
@@ -79,19 +79,23 @@ class HarmAllocation(_Allocation):
             raise RecipeError(f"{self.name}: tokens is {self.tokens}; expected at least 1")
         if self.samples is not None and self.samples < 1:
             raise RecipeError(f"{self.name}: samples is {self.samples}; expected at least 1, or null")
-        if not 0 <= self.spare_last < 1:
-            raise RecipeError(f"{self.name}: spare_last is {self.spare_last}; expected a share of the layers, below 1")
+        if not 0 <= self.spare_last_heads < 1:
+            raise RecipeError(
+                f"{self.name}: spare_last_heads is {self.spare_last_heads}; expected a share of the layers, below 1"
+            )
         if not self.power >= 1:
             raise RecipeError(f"{self.name}: power is {self.power}; expected at least 1")
         check_dtype(self.name, self.dtype)
 
     def weights(self, structure: Structure, state: State) -> Mapping[int, float]:
-        layers = _cut_layers(structure, state)
-        return dict.fromkeys(layers[: len(layers) - round(self.spare_last * len(layers))], 1.0)
+        return dict.fromkeys(_cut_layers(structure, state), 1.0)
 
     def budget(self, goal: Goal, structure: Structure, state: State) -> Budget:
-        shorter = skippable(structure, [structure.layers[i] for i in goal.weights]) if self.depth else {}
-        library = self._library(goal, structure, state, shorter)
+        spared = self._spared(goal)
+        may_go = [structure.layers[i] for i in goal.weights if i not in spared]
+        shorter = skippable(structure, may_go) if self.depth else {}
+        widths = {u.site.name: self._widths(u, goal, spared) for u in goal.sites}
+        library = self._library(widths, structure, state, shorter)
         curves = {}
         for u in goal.sites:
             least = min(library[u.site.name], default=u.block_size)  # a single unit has to stay
@@ -102,6 +106,19 @@ class HarmAllocation(_Allocation):
         left = None if measure is None else self._left(goal, state, measure)
         skips = self._skips(goal, library, state, shorter, measure)
         return solve_curves(goal, curves, self.ratio or 0.0, left, skips)
+
+    def _spared(self, goal: Goal) -> set[int]:
+        """Layers whose heads stay."""
+        layers = sorted({u.site.layer for u in goal.sites if u.site.kind == "heads" and u.site.layer is not None})
+        return set(layers[len(layers) - round(self.spare_last_heads * len(layers)) :])
+
+    def _widths(self, units: Units, goal: Goal, spared: Collection[int]) -> list[int]:
+        """The widths that a site is tried at; none where it stays whole."""
+        layer = units.site.layer
+        if layer not in goal.weights or (units.site.kind == "heads" and layer in spared):
+            return []
+        tried = {keep_at(units, 1 - share, self.round_to) for share in self.widths}
+        return sorted(tried - {units.block_size})
 
     def _measure(self, state: State) -> Measure | None:
         """What a graph takes of the resource; None for parameters, which are counted anyway."""
@@ -157,7 +174,9 @@ class HarmAllocation(_Allocation):
         total, count = state.combine(torch.tensor([value, 1.0], dtype=torch.float64))
         return float(total / count)
 
-    def _library(self, goal: Goal, structure: Structure, state: State, layers: Collection[str]) -> harm.Library:
+    def _library(
+        self, widths: Mapping[str, Sequence[int]], structure: Structure, state: State, layers: Collection[str]
+    ) -> harm.Library:
         fit = state.fit
         if not state.batches:
             raise CalibrationError("harm_allocation needs calibration tokens; found none in the state")
@@ -181,7 +200,7 @@ class HarmAllocation(_Allocation):
                 structure,
                 self._first(state.batches),
                 state.units,
-                {u.site.name: self._widths(u) if u.site.layer in goal.weights else [] for u in state.units},
+                widths,
                 decide,
                 tokens=self.tokens,
                 power=self.power,
@@ -201,7 +220,3 @@ class HarmAllocation(_Allocation):
                 break
             found.append(batch)
         return found
-
-    def _widths(self, units: Units) -> list[int]:
-        tried = {keep_at(units, 1 - share, self.round_to) for share in self.widths}
-        return sorted(tried - {units.block_size})

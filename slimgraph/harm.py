@@ -4,9 +4,9 @@ Every site is cut alone, to a few widths, with the scores and the fit that the s
 dense. Harm is how far the distribution of the next token moves. A budget can then be shared out among all sites, heads
 and channels alike, by what their units are worth.
 
-A few calibration tokens stand for all text. What a site does for kinds of text that are not among them shows as a
-large harm at few positions, so positions count by a mean of a higher power: the first layers, which make sense of rare
-tokens, are spared.
+A few calibration tokens stand for all text. What a site does for kinds of text that are not among them may show as a
+large harm at few positions: a mean over positions of a higher power counts these more, and spares the first layers,
+which make sense of rare tokens.
 
 Harms do not add up. What one layer's heads fetch another's can fetch as well, so that all of them cut down do more harm
 than the sum of the single cuts; the damage of many layers' channels, on the other hand, is much of it the same damage.
@@ -67,7 +67,7 @@ def measure(
     decide: Callable[[Units, Evidence, int], Decision],
     *,
     tokens: int = 1024,
-    power: float = 1.5,
+    power: float = 1.0,
     together: bool = True,
     layers: Collection[str] = (),
     dtype: torch.dtype | None = None,

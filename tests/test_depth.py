@@ -545,14 +545,14 @@ def _amount(of: str, graph: fx.GraphModule) -> float:
     return macs(graph, IDS.shape[1]) if of == "macs" else sum(p.numel() for p in graph.parameters())
 
 
-def test_layers_that_stay_whole_are_not_skipped() -> None:
+def test_layers_whose_heads_stay_are_not_skipped() -> None:
     model = idle("llama", "model.layers.3", "self_attn.o_proj.weight", "mlp.down_proj.weight")
     graph = attach(trace(model), State(batches=[IDS]))
     for step in (Magnitude(), NoRecovery()):
         step(graph)
-    spared = HarmAllocation(ratio=0.25, round_to=1, depth=True, spare_last=0.25, dtype=None)
+    spared = HarmAllocation(ratio=0.25, round_to=1, depth=True, spare_last_heads=0.25, dtype=None)
     assert not spared(graph).modified
-    result = replace(spared, spare_last=0.0)(graph)
+    result = replace(spared, spare_last_heads=0.0)(graph)
     assert result.modified
     assert result.graph_module.meta[KEY].plan.skipped == ("model.layers.3",)
     assert {u.site.layer for u in result.graph_module.meta[KEY].units} == {0, 1, 2}

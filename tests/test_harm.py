@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from slimgraph.errors import CalibrationError, PlanError, RecipeError
 from slimgraph.evidence import Evidence
 from slimgraph.passes import FeatureSpace, HarmAllocation, LeastSquares, Magnitude, NoRecovery, Pass, Pearson, base
 from slimgraph.recipe import Recipe, method
-from slimgraph.state import KEY, State, attach, structure_of
+from slimgraph.state import KEY, State, attach
 from slimgraph.surgery import Refit
 from slimgraph.sweep import Decision
 from slimgraph.trace import tensor_at
@@ -389,7 +390,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({}, "give either ratio or unit_ratio; found None and None"),
     ({"ratio": 0.2, "tokens": 0}, "tokens is 0; expected at least 1"),
     ({"ratio": 0.2, "samples": 0}, "samples is 0; expected at least 1, or null"),
-    ({"ratio": 0.2, "spare_last": 1.0}, "spare_last is 1.0; expected a share of the layers, below 1"),
+    ({"ratio": 0.2, "spare_last_heads": 1.0}, "spare_last_heads is 1.0; expected a share of the layers, below 1"),
     ({"ratio": 0.2, "power": 0.5}, "power is 0.5; expected at least 1"),
     ({"ratio": 0.2, "dtype": "int8"}, "dtype is 'int8'; expected bfloat16 or null"),
     ({"ratio": 0.2, "round_to": 0}, "round_to is 0; expected at least 1"),
@@ -403,16 +404,20 @@ def test_what_cannot_be_allocated_is_refused(fields: dict[str, Any], message: st
 
 
 @pytest.mark.parametrize(("share", "whole"), [(0.0, 0), (0.12, 0), (0.13, 1), (0.25, 1), (0.5, 2)])
-def test_the_last_layers_stay_whole(share: float, whole: int) -> None:
+def test_the_last_heads_stay(share: float, whole: int) -> None:
+    """All else is cut as far as it was tried, so that nothing but the field keeps heads."""
     graph = attach(own_graph(decoder(num_hidden_layers=4)), State(batches=IDS.split(3)))
-    allocation = HarmAllocation(ratio=0.1, round_to=1, spare_last=share)
+    allocation = HarmAllocation(ratio=0.1, round_to=1, spare_last_heads=share)
     for step in (Magnitude(), NoRecovery(), allocation):
         step(graph)
+    with pytest.raises(PlanError) as refused:
+        replace(allocation, ratio=0.99)(graph)
+    most = re.search(r"Ask for at most ([0-9.]+)", str(refused.value))
+    assert most is not None
+    replace(allocation, ratio=float(most[1]))(graph)
     state = graph.meta[KEY]
-    assert allocation.weights(structure_of(graph), state).keys() == set(range(4 - whole))
-    cut = {u.site.layer for u in state.units if state.budget.keep[u.site.name] < u.block_size}
-    assert cut
-    assert max(cut) < 4 - whole
+    cut = {(u.site.kind, u.site.layer) for u in state.units if state.budget.keep[u.site.name] < u.block_size}
+    assert cut == {("channels", i) for i in range(4)} | {("heads", i) for i in range(4 - whole)}
 
 
 @pytest.mark.parametrize(("samples", "expected"), [(1, 2), (2, 2), (3, 4), (60, 6), (None, 6)])
@@ -441,7 +446,7 @@ def test_every_field_of_the_allocation_reaches_the_measurement(monkeypatch: pyte
     monkeypatch.setattr(base, "faster_in", lambda *_: True)
     graph = attach(own_graph(decoder()), State(batches=[IDS]))
     fields: dict[str, Any] = {"tokens": 7, "power": 2.5, "together": False, "widths": (0.3, 0.6)}
-    for step in (Magnitude(), NoRecovery(), HarmAllocation(ratio=0.1, round_to=1, spare_last=0.0, **fields)):
+    for step in (Magnitude(), NoRecovery(), HarmAllocation(ratio=0.1, round_to=1, spare_last_heads=0.0, **fields)):
         step(graph)
     assert {name: seen[name] for name in ("tokens", "power", "together", "dtype")} == {
         "tokens": 7,
