@@ -81,7 +81,7 @@ def run(
     _say(f"text         the Python language reference: {ids.numel():,} tokens to calibrate, {len(test):,} to evaluate")
 
     rows = [_measure("dense", dense, test, start, progress)]
-    notes = {"model": source, "method": "slimllm", "calibration": "prose of the Python language reference"}
+    notes = {"model": source, "calibration": "prose of the Python language reference"}
     result = prune(dense, ids, ratio, recipe="slimllm", notes=notes, progress=progress, watch=watch)
     same_cut = Recipe((ApplyPlan(plan=result.plan.to_dict()),))
     bare = prune(dense, ids, recipe=same_cut, progress=progress)
