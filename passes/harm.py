@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from slimgraph import harm
-from slimgraph.budget import Budget, Goal, Skip, keep_at, solve_curves
+from slimgraph.budget import Budget, Goal, Skip, check_narrowest, keep_at, solve_curves
 from slimgraph.cost import macs
 from slimgraph.depth import skippable
 from slimgraph.errors import CalibrationError, PlanError, RecipeError
@@ -95,6 +95,11 @@ class HarmAllocation(_Allocation):
         may_go = [structure.layers[i] for i in goal.weights if i not in spared]
         shorter = skippable(structure, may_go) if self.depth else {}
         widths = {u.site.name: self._widths(u, goal, spared) for u in goal.sites}
+        measure = self._measure(state)
+        left = None if measure is None else self._left(goal, state, measure)
+        if not shorter:  # what a layer leaves of its sites' share is known with its harm only
+            narrowest = {u.site.name: min(widths[u.site.name], default=u.block_size) for u in goal.sites}
+            check_narrowest(goal, narrowest, self.ratio or 0.0, left)
         library = self._library(widths, structure, state, shorter)
         curves = {}
         for u in goal.sites:
@@ -102,8 +107,6 @@ class HarmAllocation(_Allocation):
             step = 1 if u.site.kind == "heads" else self.round_to
             between = {least, *range(least, u.block_size, step), u.block_size}
             curves[u.site.name] = harm.curve(library[u.site.name], u, sorted(between))
-        measure = self._measure(state)
-        left = None if measure is None else self._left(goal, state, measure)
         skips = self._skips(goal, library, state, shorter, measure)
         return solve_curves(goal, curves, self.ratio or 0.0, left, skips)
 

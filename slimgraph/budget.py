@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from slimgraph.errors import PlanError
 from slimgraph.groups import Structure
 from slimgraph.units import Units, parameter_count
 
-__all__ = ["Budget", "Goal", "Skip", "at_factor", "keep_at", "solve", "solve_curves", "solve_ranked"]
+__all__ = ["Budget", "Goal", "Skip", "at_factor", "check_narrowest", "keep_at", "solve", "solve_curves", "solve_ranked"]
 
 _CLOSE = 0.01  # of what should go; widths are whole numbers
 _ROUNDING = 1e-9  # likewise, of sums
@@ -186,16 +186,43 @@ def solve_curves(
     """
     _wanted(goal, ratio)
     skips = skips or {}
-    of = left or (lambda keep: _after(goal, keep))
-    whole = {u.site.name: u.block_size for u in goal.sites}
-    before = of(whole)
+    before, saved = _saved(goal, curves, left)
     needed = ratio * before
-    saved = {name: {keep: before - of({**whole, name: keep}) for keep in curves[name]} for name in whole}
     layers = {path: _Layer(skip, _sites(goal, skip.layer)) for path, skip in skips.items()}
     keep, skipped = _share_out(curves, saved, layers, needed, before)
     gone = sum(skips[path].parameters for path in skipped)
     shares = _shares(goal.sites, keep) | {skips[path].layer: 1.0 for path in skipped}
     return Budget(keep, shares, sum(goal.sizes.values()), _after(goal, keep) - gone, skipped)
+
+
+def check_narrowest(
+    goal: Goal,
+    narrowest: Mapping[str, int],
+    ratio: float,
+    left: Callable[[Mapping[str, int]], float] | None = None,
+) -> None:
+    """Refuse what `solve_curves` could not reach without skipping layers, before any harm is measured.
+
+    Args:
+        goal, ratio, left: as for `solve_curves`.
+        narrowest: site name -> fewest units that it may keep per block.
+
+    Raises:
+        PlanError: as for `solve`.
+    """
+    _wanted(goal, ratio)
+    before, saved = _saved(goal, {name: (width,) for name, width in narrowest.items()}, left)
+    _check_enough(saved, {}, ratio * before, before)
+
+
+def _saved(
+    goal: Goal, widths: Mapping[str, Iterable[int]], left: Callable[[Mapping[str, int]], float] | None
+) -> tuple[float, dict[str, dict[int, float]]]:
+    """The resource before, and site name -> units kept per block -> how much less of it there is then."""
+    of = left or (lambda keep: _after(goal, keep))
+    whole = {u.site.name: u.block_size for u in goal.sites}
+    before = of(whole)
+    return before, {name: {keep: before - of({**whole, name: keep}) for keep in widths[name]} for name in whole}
 
 
 @dataclass(frozen=True)
@@ -255,7 +282,7 @@ def _check_enough(
         raise PlanError(
             f"ratio {needed / before:g} cannot be reached: with every site at its narrowest width"
             f"{' and every layer skipped that is not too large' if layers else ''}, {most / before:.4f} goes. "
-            f"Ask for at most {most / before:.4f}, or try narrower widths"
+            f"Ask for at most {most / before:.4f}, or for narrower `widths` in a recipe"
         )
 
 

@@ -27,7 +27,7 @@ from slimgraph.text import read_tokens, start_tokens
 __all__ = ["Comparison", "Contender", "Entry", "Measures", "TaskRunner", "compare", "sweep"]
 
 TaskRunner = Callable[[nn.Module, Any], Mapping[str, float]]
-"""From a model and its tokenizer to a score per task, in the order to show them; higher is better."""
+"""From a model and its tokenizer to a score per task in percent, in the order to show them; higher is better."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Measures:
         texts: to take the perplexity on; see `slimgraph.text.read_text`.
         seq_len: tokens of each window.
         tokens: only the first so many of each text.
+        bos: whether windows begin with a start-of-text token, see `slimgraph.text.start_tokens`.
         batch: windows at once.
         tasks: runs tasks; see `TaskRunner`.
         speed: how to measure tokens per second, or None.
@@ -65,6 +66,7 @@ class Measures:
     texts: Sequence[str | Path] = ()
     seq_len: int = 128
     tokens: int | None = None
+    bos: str = "auto"
     batch: int = 8
     tasks: TaskRunner | None = None
     speed: Settings | None = None
@@ -79,7 +81,7 @@ class Entry:
         cost: what follows from its graph.
         checkpoint_bytes: of its weight files; None when it has none.
         perplexities: by the name of the text.
-        tasks: score by task.
+        tasks: score by task, in percent.
         speed: measured beside the others, or None.
         series: name of the model that it was made of, its own where it was not.
     """
@@ -229,7 +231,7 @@ def _entry(
             tokens,
             seq_len=measures.seq_len,
             batch=measures.batch,
-            start=start_tokens(contender.tokenizer),
+            start=start_tokens(contender.tokenizer, measures.bos),
             progress=progress,
         )
     return Entry(
@@ -249,7 +251,8 @@ def _token_ids(contender: Contender, measures: Measures) -> dict[str, Tensor]:
         sources = {str(text): text for text in measures.texts}  # of files that are called alike the whole path
     if not sources:
         return {}
-    special = not start_tokens(contender.tokenizer)  # those stand before every window instead
+    start = start_tokens(contender.tokenizer, measures.bos)
+    special = measures.bos != "never" and not start  # those stand before every window instead
     return {
         name: read_tokens(text, contender.tokenizer, limit=measures.tokens, special=special)
         for name, text in sources.items()
@@ -263,6 +266,8 @@ def _notes(measures: Measures, ids: Mapping[str, Mapping[str, Tensor]], speeds: 
     counts = {name: tuple(len(tokens) for tokens in texts.values()) for name, texts in ids.items()}
     if measures.tokens is None and len(set(counts.values())) > 1:
         notes.append("the models cut the texts into different tokens: their perplexities cannot be compared")
+    if measures.tasks is not None:
+        notes.append("tasks zero-shot, in percent; higher is better")
     if speeds is not None:
         notes.append(f"speed: {speeds.note}")
     return notes

@@ -28,7 +28,7 @@ from slimgraph.pipeline import Result, prune
 from slimgraph.pretrained import load_model, load_tokenizer
 from slimgraph.progress import SILENT, Progress
 from slimgraph.recipe import Recipe
-from slimgraph.tasks import TaskScores, evaluate_tasks, load_tasks
+from slimgraph.tasks import evaluate_tasks, load_tasks
 from slimgraph.text import mixed_tokens, read_text
 
 __all__ = ["RunFile", "RunReport", "run"]
@@ -417,7 +417,7 @@ def _compare(
             bos=section.bos,
             progress=progress,
         )
-        return _shown(found)
+        return found.percents()
 
     sources: dict[str, str | Path] = {"dense": plan.model, **report.checkpoints}
     contenders = [Contender(name, partial(load, where), tokenizer, checkpoint=where) for name, where in sources.items()]
@@ -428,6 +428,7 @@ def _compare(
         texts=section.texts,
         seq_len=section.seq_len,
         tokens=section.tokens,
+        bos=section.bos,
         batch=section.batch,
         tasks=tasks if section.tasks else None,
         speed=Settings() if section.speed else None,
@@ -435,9 +436,3 @@ def _compare(
     report.comparison = compare(contenders, measures, progress=progress)
     _write(report.directory / "comparison.json", json_text(report.comparison.to_dict()) + "\n")
     _write(report.directory / "comparison.md", report.comparison.to_markdown() + "\n")
-
-
-def _shown(scores: TaskScores) -> dict[str, float]:
-    """One number per task, and their average."""
-    rows = {s.name: s.metrics[s.counted] for s in scores.scores if s.counted is not None}
-    return {**rows, "average": scores.average}

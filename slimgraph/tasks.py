@@ -93,6 +93,11 @@ class TaskScores:
         errors = [s.errors.get(s.counted, math.nan) for s in self.scores if s.counted is not None]
         return math.sqrt(sum(e * e for e in errors)) / len(errors) if errors else math.nan
 
+    def percents(self) -> dict[str, float]:
+        """The metric that counts of each task, and under "average" their mean; in percent."""
+        counted = {s.name: s.metrics[s.counted] for s in self.scores if s.counted is not None}
+        return {name: 100 * value for name, value in {**counted, "average": self.average}.items()}
+
     def __repr__(self) -> str:
         width = max(len("average"), *(len(s.name) for s in self.scores))
         lines = [f"{'task':<{width}}  examples              acc         acc_norm  counts"]

@@ -267,6 +267,9 @@ def test_eval_on_several_texts_with_a_start_token(
     assert (never["start"], always["start"]) == ([], [starting.bos_token_id])
     assert never["perplexity"][str(text)]["value"] != always["perplexity"][str(text)]["value"]
     refused(run(*common, "--bos", "perhaps"), "'perhaps'", "auto, always, never")
+    compared = run("compare", tmp_path / "model", *common[2:4], "--seq-len", 16, "--json", "-", "--bos", "always")
+    (entry,) = json.loads(compared.out)["entries"]
+    assert entry["perplexities"][text.stem]["value"] == always["perplexity"][str(text)]["value"]
 
 
 def test_eval_needs_something_to_measure(run: Callable[..., Run], model_dir: Path, text: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import weakref
@@ -69,6 +70,18 @@ def test_a_sweep_prunes_the_dense_model_at_every_ratio(found: Comparison, whole:
     assert all(e.cost.parameters == e.tasks["size"] for e in found.entries)
     assert {e.series for e in found.entries} == {"whole"}
     assert found.entries[0].cost.parameters == sum(p.numel() for p in whole.parameters())
+
+
+@pytest.mark.parametrize("bos", ["never", "always"])
+def test_windows_begin_as_asked(
+    whole: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, text: Path, bos: str
+) -> None:
+    starting = copy.deepcopy(tiny_tokenizer)
+    starting.add_special_tokens({"bos_token": "the"})
+    (entry,) = compare([Contender("whole", lambda: whole, starting)], Measures([text], seq_len=16, bos=bos)).entries
+    start = [starting.bos_token_id] if bos == "always" else []
+    expected = perplexity(whole, read_tokens(text, starting), seq_len=16, start=start)
+    assert entry.perplexities["story"].value == expected.value
 
 
 def test_all_forms_say_the_same(found: Comparison) -> None:

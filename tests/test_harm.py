@@ -322,6 +322,25 @@ def test_more_than_the_curves_go_down_to_cannot_be_reached() -> None:
     assert f"{most:.4f}" in str(caught.value)
 
 
+@pytest.mark.parametrize("of", ["parameters", "macs"])
+def test_what_cannot_be_reached_is_refused_before_a_cut_is_tried(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class TriedError(Exception): ...
+
+    def tried(*_: Any, **__: Any) -> None:
+        raise TriedError
+
+    def prune(ratio: float) -> None:
+        allocation = HarmAllocation(ratio=ratio, of=of)
+        slimgraph.prune(decoder().model, IDS, recipe=Recipe((Magnitude(), NoRecovery(), allocation)))
+
+    monkeypatch.setattr(harm, "measure", tried)
+    with pytest.raises(PlanError, match=r"^ratio 0\.9 cannot be reached: .* narrower `widths`") as caught:
+        prune(0.9)
+    (most,) = re.findall(r"Ask for at most (0\.\d+)", str(caught.value))
+    with pytest.raises(TriedError):
+        prune(float(most))
+
+
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, math.nan])
 def test_a_ratio_is_a_share(ratio: float) -> None:
     with pytest.raises(PlanError, match=r"expected a share of all parameters, 0 <= ratio < 1$"):

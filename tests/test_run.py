@@ -173,7 +173,7 @@ def test_fine_tuning_and_comparing_are_given_what_the_file_says(
     monkeypatch.setattr("slimgraph.run.finetune", finetune)
     monkeypatch.setattr("slimgraph.run.compare", compare)
     content["finetune"] = {"data": "records.json", "teacher": True, "epochs": 1}
-    content["compare"] = {"texts": content["evaluate"]["texts"], "speed": True}
+    content["compare"] = {"texts": content["evaluate"]["texts"], "speed": True, "bos": "never"}
     shutil.copytree(finished[0]["out"], content["out"])
     (Path(content["out"]) / "run.yaml").write_text(RunFile.from_dict(content).to_yaml())
     report = run(RunFile.from_dict(content))
@@ -184,7 +184,7 @@ def test_fine_tuning_and_comparing_are_given_what_the_file_says(
     assert list(report.evaluations) == ["dense", "pruned", "finetuned"]
     names, measures = called["compare"]
     assert names == ["dense", "pruned", "finetuned"]
-    assert (measures.seq_len, measures.tasks, measures.speed) == (128, None, Settings())
+    assert (measures.seq_len, measures.tasks, measures.speed, measures.bos) == (128, None, Settings(), "never")
     assert (Path(content["out"]) / "comparison.md").read_text() == "| a |\n"
 
 

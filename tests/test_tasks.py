@@ -99,6 +99,7 @@ def test_the_average_takes_one_metric_of_each_task() -> None:
     scores = TaskScores((one, other, neither), None, 1.0)
     assert scores.average == pytest.approx(0.7)
     assert scores.average_error == pytest.approx(0.25)
+    assert scores.percents() == pytest.approx({"a": 50, "b": 90, "average": 70})
     assert "f1 0.1000" in repr(scores)
 
 

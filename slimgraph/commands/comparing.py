@@ -31,7 +31,7 @@ from slimgraph.errors import ModelError, PlanError
 from slimgraph.plots import check_plot, plot
 from slimgraph.pretrained import load_tokenizer
 from slimgraph.progress import Progress
-from slimgraph.text import mixed_tokens
+from slimgraph.text import BOS_MODES, mixed_tokens
 
 __all__ = ["compare_command"]
 
@@ -43,6 +43,9 @@ def compare_command(
     ] = None,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of each window.")] = 128,
     tokens: Annotated[int | None, typer.Option(min=2, help="Only the first so many tokens of each text.")] = None,
+    bos: Annotated[
+        str, typer.Option(help=f"Start-of-text token on every window and prompt: {', '.join(BOS_MODES)}.")
+    ] = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Windows at once.")] = 8,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks of lm-eval with commas between them, or paper: the seven of the paper.")
@@ -79,7 +82,7 @@ def compare_command(
         check_plot(plot_to)
         if not (text or tasks or speed):
             raise ModelError("--plot has nothing to draw; give --text, --tasks or --speed as well")
-    runner = None if tasks is None else _task_runner(tasks.split(","), include_path, limit, progress)
+    runner = None if tasks is None else _task_runner(tasks.split(","), include_path, limit, bos, progress)
     contenders = [_contender(name, where, precision, trust_remote_code) for name in models]
     if ratios:
         with progress(f"load {models[0]}"):
@@ -90,6 +93,7 @@ def compare_command(
         texts=text or [],
         seq_len=seq_len,
         tokens=tokens,
+        bos=bos,
         batch=batch,
         tasks=runner,
         speed=Settings() if speed else None,
@@ -113,16 +117,16 @@ def _ratios(given: str | None) -> list[float]:
         raise PlanError(f"--sweep is {given!r}; expected ratios with commas between them, like 0.1,0.2,0.5") from error
 
 
-def _task_runner(names: list[str], include_path: Path | None, limit: int | None, progress: Progress) -> TaskRunner:
-    """Scores in per cent, of the metric that counts for each task, and their average."""
+def _task_runner(
+    names: list[str], include_path: Path | None, limit: int | None, bos: str, progress: Progress
+) -> TaskRunner:
+    """Scores of tasks that are read once, before any model is."""
     from slimgraph.tasks import evaluate_tasks, load_tasks
 
     loaded = load_tasks(names, include_path=include_path, progress=progress)
 
     def run(model: nn.Module, tokenizer: Any) -> dict[str, float]:
-        found = evaluate_tasks(model, tokenizer, loaded, limit=limit, progress=progress)
-        scores = {each.name: 100 * each.metrics[each.counted] for each in found.scores if each.counted is not None}
-        return {**scores, "average": 100 * found.average}
+        return evaluate_tasks(model, tokenizer, loaded, limit=limit, bos=bos, progress=progress).percents()
 
     return run
 
