@@ -1,4 +1,4 @@
-"""What each idea of Slimgraph's own method buys over SlimLLM, alone and together: the last table of docs/results.md.
+"""What each idea of Slimgraph's own method buys over SlimLLM, alone and together: a table of docs/results.md.
 
     python benchmarks/accuracy.py --model NAME=DIR --calibration FILE --text wikitext2=FILE --text ptb=FILE \
         --task-folder DIR --results DIR

@@ -18,7 +18,7 @@ from slimgraph.score import select_top
 from slimgraph.state import State
 
 
-@register  # from now on recipes may say `variance: {power: 1.0}`
+@register  # from now on recipes that this process reads may say `variance: {power: 1.0}`
 @dataclass(frozen=True)
 class Variance(Pass):
     """Units by the variance of their activations at the site."""

@@ -17,7 +17,7 @@ __all__ = ["BiasOnly", "LeastSquares", "NoRecovery", "Regression"]
 
 @dataclass(frozen=True)
 class _Recovery(Pass):
-    """A recovery pass fits a site's weight and bias to its dense output."""
+    """A recovery pass fits a site's weight and bias to its target."""
 
     def run(self, graph_module: fx.GraphModule, state: State) -> None:
         """Record the fit."""

@@ -1,4 +1,4 @@
-"""How many units each site keeps, so that the whole model loses the share of parameters that was asked for."""
+"""How many units each site keeps, so that the model loses what was asked for: a share of its parameters, as a rule."""
 
 from __future__ import annotations
 
@@ -204,8 +204,10 @@ def check_narrowest(
     """Refuse what `solve_curves` could not reach without skipping layers, before any harm is measured.
 
     Args:
-        goal, ratio, left: as for `solve_curves`.
+        goal: what is solved for.
         narrowest: site name -> fewest units that it may keep per block.
+        ratio: share of the resource that goes.
+        left: as for `solve_curves`.
 
     Raises:
         PlanError: as for `solve`.

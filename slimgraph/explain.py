@@ -69,7 +69,7 @@ class Explanation:
 
     def __str__(self) -> str:
         state = f"frozen: {self.group.frozen}" if self.group.frozen else "can be cut"
-        lines = [f"{self.place}: {self.group.units} {self.group.kind} units of [{self.structure}]; {state}"]
+        lines = [f"{self.place}: {self.group.units} units ({self.group.kind}) of [{self.structure}]; {state}"]
         if self.freezing:
             lines.append(f"  frozen by way of {' -> '.join(map(str, self.freezing))}")
         for coupling in self.couplings:

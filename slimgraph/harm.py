@@ -14,7 +14,7 @@ All sites of a kind are therefore cut together as well, and their harms scaled t
 
 Depth is one more level: a layer may be skipped, at the harm that this alone does.
 
-The dense model is run once over all calibration tokens, from which the cuts are decided. Then the first few samples go
+The dense model is run once over the samples that the cuts are decided from. Then the first few samples go
 through it again, and from the beginning of each layer on to the logits with every cut of the layer's sites, at a lower
 precision if that is faster.
 """

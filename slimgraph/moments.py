@@ -1,7 +1,7 @@
 """Streamed statistics of activations: what calibration keeps instead of the activations themselves.
 
-Scores and fits need the token count, the mean and the centred second moments of a site's input, and nothing else. All
-three are additive, so batches, shards and ranks can be taken in any order and put together afterwards.
+Of a site's input or output: the token count, the mean and the centred second moments. All three are additive, so
+batches, shards and ranks can be taken in any order and put together afterwards.
 
 Everything accumulates in float64. Within one batch the rows are centred first and multiplied afterwards, so that a mean
 far from zero costs no digits: the product of the centred rows is taken in float32 for float32, bfloat16 and float16

@@ -141,11 +141,12 @@ def prune(
         recipe: a `Recipe`, or the name of a method, see `slimgraph.recipe.method`; "slimgraph" by default, or "slimllm"
             for a model that cannot write text, see `slimgraph.generate.can_generate`.
         recovery: "least_squares", "regression", "bias_only" or "no_recovery" instead of the method's own; see
-            `slimgraph.recipe.method`.
+            `slimgraph.recipe.method`. This, `heads` and `round_to` are ignored when `recipe` is a `Recipe`.
         heads: "kv", "balanced" or "auto": what goes under grouped-query attention.
         round_to: kept channels are a multiple of this.
         batch: samples that go through the model at once; as many as have 4 096 tokens by default.
-        seed: of the drawn windows, of what the model writes itself and of random scores.
+        seed: of the drawn windows and, unless `recipe` is a `Recipe`, of what the model writes itself and of random
+            scores.
         notes: kept in the result's recipe, beside the calibration settings and the name of the method.
         progress: shows what is going on; quiet by default.
         watch: collects seconds by stage.

@@ -1,7 +1,7 @@
-"""Recovery: a new output projection for the kept channels of a site, fitted from the statistics of its dense input.
+"""Recovery: a new output projection for the kept channels of a site, fitted from statistics of its whole input.
 
 Notation: X (tokens, channels) is the site's input, W (out, channels) its weight, S the kept channels. Pruning replaces
-the product Y = X Wᵀ by Y' = X_S W_Sᵀ. Every function here returns the kept columns of the weight and the whole bias of
+the product Y = X Wᵀ by Y' = X_S W_Sᵀ. Every function here returns a weight for the kept channels and the whole bias of
 the new projection, the dense one included. Slopes and biases are computed in float64, results are in the dtype of the
 dense weight.
 """

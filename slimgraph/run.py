@@ -2,7 +2,8 @@
 
 A run file is a recipe with the model, the calibration and what comes afterwards. Everything it makes lies in one
 folder: `pruned/` and `finetuned/` are ordinary checkpoints, `evaluation.json`, `comparison.json` and `comparison.md`
-what was measured, `run.yaml` the run file itself. A run that was stopped goes on after its last finished step.
+what was measured, `run.yaml` the run file itself. A run that was stopped goes on after its last checkpoint; what is
+evaluated and compared is measured anew.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class CalibrationSection(_Section):
 
 
 class FinetuneSection(_Section):
-    """What is learned afterwards. All other keys are those of `slimgraph finetune`'s settings.
+    """What is learned afterwards. All other keys are fields of `slimgraph.finetune.FinetuneSettings`.
 
     Attributes:
         data: records, a file or a data set.
@@ -237,7 +238,7 @@ def run(plan: RunFile, *, force: bool = False, progress: Progress | None = None)
     Args:
         plan: the run file.
         force: begin anew where another run has left something; without, a run with the same file goes on after its last
-            finished step.
+            finished checkpoint.
         progress: shows what is going on.
 
     Raises:

@@ -2,7 +2,7 @@
 
 At a site everything needed to prune it is at hand: its weight, and its input for all calibration tokens as the sites
 before it, already pruned, produce it. Removing units there only drops columns of that input, so the recovered output
-follows at once, and the whole model is scored, pruned and refitted for about the price of one forward pass.
+follows at once, and the whole model is scored, pruned and refitted in one pass over the graph.
 """
 
 from __future__ import annotations

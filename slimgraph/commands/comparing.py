@@ -62,7 +62,7 @@ def compare_command(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows, for --sweep.")] = 32,
     method: Annotated[str | None, typer.Option(help="For --sweep, as in prune.  [default: slimgraph]")] = None,
-    seed: Annotated[int, typer.Option(help="Of the calibration windows drawn, for --sweep.")] = 0,
+    seed: Annotated[int, typer.Option(help="For --sweep, as in prune.")] = 0,
     plot_to: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Picture, .png or .svg.")] = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -148,4 +148,6 @@ def _pruned(
     progress: Progress,
 ) -> list[Contender]:
     ids = mixed_tokens(calibration or [], dense.tokenizer, samples=samples, seq_len=seq_len, seed=seed)
-    return sweep(dense.name, dense.load(), ratios, ids, tokenizer=dense.tokenizer, method=method, progress=progress)
+    return sweep(
+        dense.name, dense.load(), ratios, ids, tokenizer=dense.tokenizer, method=method, seed=seed, progress=progress
+    )

@@ -22,5 +22,5 @@ def demo_command(
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at --out.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Prune a small model for real, compare it with the dense one, save it and load it again."""
+    """Prune a small model for real by slimllm, compare it with the dense one, save it and load it again."""
     demo.run(start(verbose), out=out, model=model, ratio=ratio, samples=samples, tokens=tokens, force=force)

@@ -53,13 +53,13 @@ def prune_command(
     calibration: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text file, or name[:config][@split] of a data set; several times for as many windows of each.  "
+            help="Text file, or name[:config][@split] of a data set; several times to share the windows among texts.  "
             f"[default: {_DEFAULT_TEXT}]"
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of each window.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of the windows drawn, of written samples and of random scores.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of windows; with --method of written samples and random scores, too.")] = 0,
     heads: Annotated[str | None, typer.Option(help=f"{', '.join(HEAD_MODES)}: what goes of attention.")] = None,
     round_to: Annotated[int | None, typer.Option(min=1, help="Kept channels are a multiple.  [default: 8]")] = None,
     no_recovery: Annotated[bool, typer.Option("--no-recovery", help="Do not refit the output projections.")] = False,
@@ -69,7 +69,8 @@ def prune_command(
         bool | None,
         typer.Option(
             "--stream/--no-stream",
-            help="Read and write weights block by block.  [default: for models that take more than half of the memory]",
+            help="Read and write weights layer by layer.  [default: for a directory whose weights take more than half "
+            "of the free memory]",
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a streamed run that was stopped.")] = False,

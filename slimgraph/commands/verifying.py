@@ -6,14 +6,14 @@ from typing import Annotated
 
 import typer
 
-from slimgraph.commands.options import Json, Model, Trust, Verbose, check_file_target, start, write_json
+from slimgraph.commands.options import Json, Trust, Verbose, check_file_target, start, write_json
 from slimgraph.debug.verify import verify
 
 __all__ = ["verify_command"]
 
 
 def verify_command(
-    model: Model,
+    model: Annotated[str, typer.Argument(metavar="DIR", help="Directory of a checkpoint.")],
     against: Annotated[str | None, typer.Option(help="The dense model it was pruned from.")] = None,
     to_json: Json = None,
     trust_remote_code: Trust = False,
