@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py --work DIR            # 13 GB of random weights are written to DIR once
 
-Both read bfloat16 weights from safetensors files block by block. Each runs in a process of its own, so that its peak
+Both read bfloat16 weights from safetensors files layer by layer. Each runs in a process of its own, so that its peak
 resident memory is its own. The result is printed as Markdown, for docs/performance.md.
 """
 

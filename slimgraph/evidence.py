@@ -60,7 +60,7 @@ def zero_share(precision: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Source:
-    """One projection that produces the units of a site (for instance the gate of a gated feed-forward block).
+    """One projection that produces the units of a site (for instance the gate of a gated feed-forward part).
 
     Attributes:
         weight: (rows, in_features), the projection's rows, in its own dtype.

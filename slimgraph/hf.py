@@ -69,7 +69,7 @@ class SlimgraphQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
 
     # There is no pruning on the fly: only checkpoints that were saved pruned can be loaded with this method.
     requires_calibration = True
-    # Whether `save_pretrained` writes weights too; not where they are written block by block.
+    # Whether `save_pretrained` writes weights too; not where they are written layer by layer.
     stores_weights = True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:

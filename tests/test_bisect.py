@@ -91,7 +91,7 @@ def test_a_model_against_itself_is_the_same() -> None:
     assert found.kl == pytest.approx(0.0, abs=1e-9)
     assert found.dense_loss == found.pruned_loss
     assert found.first_past_threshold is None
-    assert all(b.gain == pytest.approx(0.0, abs=1e-9) for b in found.blocks)
+    assert all(b.gain == pytest.approx(0.0, abs=1e-9) for b in found.layers)
 
 
 @pytest.mark.parametrize("family", ["gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt_neox", "phi3"))])
@@ -117,21 +117,21 @@ def test_the_losses_are_those_of_the_modules(result: Pruned) -> None:
     assert found.kl == pytest.approx(float((dense.exp() * (dense - pruned)).sum(-1).mean()), rel=1e-4)
 
 
-# ---- restoring blocks ----
+# ---- restoring layers ----
 
 
 @torch.no_grad()
-def test_restoring_a_block_is_running_the_dense_one(result: Pruned) -> None:
+def test_restoring_a_layer_is_running_the_dense_one(result: Pruned) -> None:
     found = look(result, restore=True)
     dense = decoder("llama").model
     target = IDS.view(-1, 16)[:, 1:, None]
-    for block in found.blocks:
+    for layer in found.layers:
         mixed = copy.deepcopy(result.model)
-        mixed.model.layers[block.layer] = copy.deepcopy(dense.model.layers[block.layer])  # type: ignore[union-attr, index, operator]
+        mixed.model.layers[layer.layer] = copy.deepcopy(dense.model.layers[layer.layer])  # type: ignore[union-attr, index, operator]
         logits = torch.log_softmax(mixed(IDS.view(-1, 16)).logits[:, :-1].float(), -1)  # type: ignore[misc, operator]
-        assert block.cross_entropy == pytest.approx(-float(logits.gather(-1, target).mean()), rel=1e-5)
-        assert block.gain == pytest.approx(found.kl - (block.kl or 0.0))
-    assert found.costliest is max(found.blocks, key=lambda b: b.gain or 0.0)
+        assert layer.cross_entropy == pytest.approx(-float(logits.gather(-1, target).mean()), rel=1e-5)
+        assert layer.gain == pytest.approx(found.kl - (layer.kl or 0.0))
+    assert found.costliest is max(found.layers, key=lambda b: b.gain or 0.0)
 
 
 def test_the_layer_that_was_ruined_costs_most(result: Pruned) -> None:
@@ -239,7 +239,7 @@ def test_checkpoints_are_read_tensor_by_tensor(result: Pruned, tmp_path: Path, m
     assert found.faults == []
     # Not to the last digit: the frequencies of a model in double precision are float32 once loaded.
     assert found.kl == pytest.approx(expected.kl, rel=1e-4)
-    assert [b.gain for b in found.blocks] == pytest.approx([b.gain for b in expected.blocks], rel=1e-3)
+    assert [b.gain for b in found.layers] == pytest.approx([b.gain for b in expected.layers], rel=1e-3)
 
 
 def test_layouts_that_are_converted_on_loading_are_loaded_whole(tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ class _Crossing(nn.Module):
         return self.out(x)
 
 
-def test_blocks_that_share_more_than_the_residual_stream_are_not_restored() -> None:
+def test_layers_that_share_more_than_the_residual_stream_are_not_restored() -> None:
     model = _Crossing()
     with pytest.raises(GraphError, match="besides the residual stream"):
         bisect(model, model, IDS, seq_len=16)

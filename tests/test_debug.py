@@ -23,9 +23,9 @@ from transformers import LlamaForCausalLM
 
 import slimgraph
 from slimgraph import cli
-from slimgraph.debug.blockgraph import draw_block
 from slimgraph.debug.diff import Difference, diff
 from slimgraph.debug.export import node_data, to_dot, to_graphml
+from slimgraph.debug.layergraph import draw_layer
 from slimgraph.debug.page import html_report
 from slimgraph.debug.verify import Verification, verify
 from slimgraph.errors import CheckpointError, GraphError, ModelError, NumericsError
@@ -271,7 +271,7 @@ BISECTION = {
     "tokens": 64,
     "faults": [],
     "costliest_layer": 1,
-    "blocks": [{"layer": i, "error": 0.1 * i, "gain": 0.2 * i} for i in range(2)],
+    "layers": [{"layer": i, "error": 0.1 * i, "gain": 0.2 * i} for i in range(2)],
     "sites": [{"layer": i, "kind": "heads", "own": 0.3} for i in range(2)],
 }
 
@@ -311,9 +311,9 @@ def test_the_page_is_whole_and_loads_nothing(page: Path, made: Made) -> None:
 def test_frozen_axes_are_hatched(made: Made) -> None:
     structure = made.result.structure
     name = "model.layers.0.mlp.down_proj.weight[1]"
-    plain = draw_block(structure, 0, "a block", {})
+    plain = draw_layer(structure, 0, "a layer", {})
     frozen = replace(structure.groups[name], frozen="for a reason")
-    hatched = draw_block(replace(structure, groups={**structure.groups, name: frozen}), 0, "a block", {})
+    hatched = draw_layer(replace(structure, groups={**structure.groups, name: frozen}), 0, "a layer", {})
     assert "hatch" not in plain.svg
     assert hatched.svg.count('class="hatch"') == 3  # gate, up and down
     assert "frozen: for a reason" in hatched.svg

@@ -65,7 +65,7 @@ def bisect_command(
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of each window.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Windows at once.")] = 4,
     threshold: Annotated[float, typer.Option(min=0.0, help="Relative error of the first node to name.")] = 0.1,
-    restore: Annotated[bool, typer.Option(help="Also restore one block at a time.")] = True,
+    restore: Annotated[bool, typer.Option(help="Also restore one layer at a time.")] = True,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     to_json: Json = None,

@@ -23,7 +23,7 @@ def report_command(
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write one self-contained page: what was removed where, sizes, errors, the block's graph, every parameter."""
+    """Write one self-contained page: what was removed where, sizes, errors, a layer's graph, every parameter."""
     progress = start(verbose)
     check_file_target(html, "--html")
     with progress("report"):

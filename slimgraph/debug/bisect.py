@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from slimgraph.debug.compare import Distance, Losses
-from slimgraph.debug.findings import Bisection, Block, Node, Projection
+from slimgraph.debug.findings import Bisection, Layer, Node, Projection
 from slimgraph.debug.opened import Opened, Source, open_model, skipped_in, without_layers
 from slimgraph.debug.restore import restorations
 from slimgraph.debug.weave import Strands, Thread, weave
@@ -66,7 +66,7 @@ def bisect(
         batch: windows at once.
         plan: which units stayed; by default what the pruned checkpoint says.
         threshold: of the accumulated relative error, for `first_past_threshold`.
-        restore: also measure what restoring each block alone does, at the cost of half a run per block.
+        restore: also measure what restoring each layer alone does, at the cost of half a run per layer.
         dtype: of weights that are read.
         device: where they go.
         trust_remote_code: let checkpoints bring their own modeling code.
@@ -76,7 +76,7 @@ def bisect(
         ModelError: a model cannot be loaded or run, or the two are not of one kind.
         PlanError: the plan is not one for the dense model.
         CalibrationError: fewer tokens than a window, or some that the model does not know.
-        GraphError: a block cannot be exchanged alone; ask for `restore=False`.
+        GraphError: a layer cannot be exchanged alone; ask for `restore=False`.
     """
     if len(tokens) < seq_len or seq_len < 2:
         raise CalibrationError(f"found {len(tokens)} tokens, expected at least one window of {seq_len} (2 or more)")
@@ -156,7 +156,7 @@ class _Run:
             pruned_loss=pruned_loss,
             nodes=tuple(self._node(s) for s in seen),
             sites=tuple(self._sites(seen)),
-            blocks=tuple(self._blocks(seen, restored, kl)),
+            layers=tuple(self._layers(seen, restored, kl)),
             unaligned=calls - 2 * len(threads),
             planned=self.resolved is not None,
         )
@@ -173,8 +173,8 @@ class _Run:
 
     def _restored(self) -> list[Losses]:
         found = [Losses() for _ in self.dense.structure.layers]
-        strands, observers = restorations(self.dense, self.pruned, lambda block: found[block].add)
-        self._run(strands, observers, "restore blocks")
+        strands, observers = restorations(self.dense, self.pruned, lambda layer: found[layer].add)
+        self._run(strands, observers, "restore layers")
         return found
 
     def _layer(self, path: str) -> int | None:
@@ -203,14 +203,14 @@ class _Run:
         sites = [s for s in self.dense.structure.sites if s.node in by_node]
         return [_projection(s, by_node[s.node], by_node.get(s.reads), tolerance(self.pruned.graph)) for s in sites]
 
-    def _blocks(self, seen: Sequence[_Seen], restored: Sequence[Losses], kl: float) -> list[Block]:
+    def _layers(self, seen: Sequence[_Seen], restored: Sequence[Losses], kl: float) -> list[Layer]:
         by_node = {s.thread.node.name: s for s in seen}
         found = []
         for layer, (_, after) in enumerate(self.dense.structure.boundaries()):
             at = by_node.get(after)
             means = restored[layer].mean() if restored else None
             found.append(
-                Block(
+                Layer(
                     layer=layer,
                     path=self.dense.structure.layers[layer],
                     error=at.free.error if at else math.nan,

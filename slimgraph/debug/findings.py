@@ -10,7 +10,7 @@ from typing import Any
 from slimgraph.debug.report import table
 from slimgraph.jsontext import finite
 
-__all__ = ["Bisection", "Block", "Node", "Projection"]
+__all__ = ["Bisection", "Layer", "Node", "Projection"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class Block:
+class Layer:
     """A layer: its output on the residual stream, and what restoring it alone would do.
 
     Attributes:
@@ -95,7 +95,7 @@ class Bisection:
         kl: KL(dense ‖ pruned) in nats per predicted token.
         dense_loss, pruned_loss: cross-entropy in nats per predicted token.
         nodes: aligned nodes that depend on the text, in order.
-        sites, blocks: in order.
+        sites, layers: in order.
         unaligned: number of nodes of either graph without a counterpart.
         planned: whether a plan said what pruning is meant to change.
     """
@@ -111,7 +111,7 @@ class Bisection:
     pruned_loss: float
     nodes: tuple[Node, ...]
     sites: tuple[Projection, ...]
-    blocks: tuple[Block, ...]
+    layers: tuple[Layer, ...]
     unaligned: int = 0
     planned: bool = True
 
@@ -131,14 +131,14 @@ class Bisection:
         return [s for s in self.sites if s.suspect]
 
     @property
-    def costliest(self) -> Block | None:
+    def costliest(self) -> Layer | None:
         """The layer that costs most: by what restoring it gains, else by how much the error grows over it."""
-        if not self.blocks:
+        if not self.layers:
             return None
-        if any(b.gain is not None for b in self.blocks):
-            return max(self.blocks, key=lambda b: -math.inf if b.gain is None else b.gain)
-        before = (0.0, *(b.error for b in self.blocks))
-        return max(self.blocks, key=lambda b: b.error - before[b.layer])
+        if any(each.gain is not None for each in self.layers):
+            return max(self.layers, key=lambda each: -math.inf if each.gain is None else each.gain)
+        before = (0.0, *(each.error for each in self.layers))
+        return max(self.layers, key=lambda each: each.error - before[each.layer])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; NaN and infinity become null."""
@@ -185,10 +185,10 @@ def _where(node: Node | None) -> str:
     return f"first at {node.name} ({node.operator} in {node.module or 'the model'}), error {node.error:.3g}"
 
 
-def _cost(block: Block) -> str:
-    if block.gain is None:
-        return f"{block.path}, after which the error is {block.error:.3g}"
-    return f"{block.path}: restoring it alone lowers KL by {block.gain:.4f} to {block.kl:.4f}"
+def _cost(layer: Layer) -> str:
+    if layer.gain is None:
+        return f"{layer.path}, after which the error is {layer.error:.3g}"
+    return f"{layer.path}: restoring it alone lowers KL by {layer.gain:.4f} to {layer.kl:.4f}"
 
 
 def _layer_table(found: Bisection) -> str:
@@ -196,7 +196,7 @@ def _layer_table(found: Bisection) -> str:
     kinds = list(dict.fromkeys(s.kind for s in found.sites))
     header += [f"{kind}: own" for kind in kinds] + ["KL restored", "gain"]
     rows = []
-    for b in found.blocks:
+    for b in found.layers:
         own = [_worst(s.own for s in found.sites if s.layer == b.layer and s.kind == kind) for kind in kinds]
         restored = ["" if b.kl is None else f"{b.kl:.4f}", "" if b.gain is None else f"{b.gain:+.4f}"]
         rows.append([str(b.layer), f"{b.error:.3g}", f"{b.cosine:.4f}", *own, *restored])

@@ -14,9 +14,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from torch import fx
 
 from slimgraph import checkpoint
-from slimgraph.debug.blockgraph import BlockGraph, draw_block
 from slimgraph.debug.charts import Series, bars, lines, write_plots
 from slimgraph.debug.diff import Difference, GroupChange, diff
+from slimgraph.debug.layergraph import LayerGraph, draw_layer
 from slimgraph.debug.opened import open_model, original
 from slimgraph.debug.print import kinds_of_layers
 from slimgraph.errors import CheckpointError
@@ -78,7 +78,7 @@ class Report:
         difference: what pruning changed.
         before, after: costs.
         cells: of the heat map, layer by layer.
-        blocks: a drawing for each kind of layer.
+        drawings: one for each kind of layer.
         recipe: what made it, as YAML; `notes` are the settings in it.
         bisection: of `slimgraph bisect --json`, or None.
         evaluations: name -> what was measured.
@@ -90,7 +90,7 @@ class Report:
     before: Cost
     after: Cost
     cells: tuple[Cell, ...]
-    blocks: tuple[BlockGraph, ...]
+    drawings: tuple[LayerGraph, ...]
     recipe: str
     notes: Mapping[str, Any]
     bisection: Mapping[str, Any] | None
@@ -142,16 +142,16 @@ class Report:
         return write_plots(directory, plots)
 
     def _errors(self) -> Series:
-        blocks, sites = (self.bisection or {}).get("blocks", []), (self.bisection or {}).get("sites", [])
-        series: dict[str, list[float | None]] = {"residual stream, accumulated": [b["error"] for b in blocks]}
+        layers, sites = (self.bisection or {}).get("layers", []), (self.bisection or {}).get("sites", [])
+        series: dict[str, list[float | None]] = {"residual stream, accumulated": [b["error"] for b in layers]}
         for kind in dict.fromkeys(s["kind"] for s in sites):
             of = {s["layer"]: s["own"] for s in sites if s["kind"] == kind}
-            series[f"{kind}, own"] = [of.get(b["layer"]) for b in blocks]
+            series[f"{kind}, own"] = [of.get(b["layer"]) for b in layers]
         return series
 
     def _gains(self) -> Series:
-        blocks = (self.bisection or {}).get("blocks", [])
-        gains = [b["gain"] for b in blocks]
+        layers = (self.bisection or {}).get("layers", [])
+        gains = [b["gain"] for b in layers]
         return {"KL gained": gains} if any(g is not None for g in gains) else {}
 
 
@@ -195,8 +195,8 @@ def html_report(
         ),
         after=Cost(found.parameters_after, bytes_after, _multiplications(after.structure)),
         cells=tuple(_cells(before.structure, groups, _json(scores) if scores is not None else {})),
-        blocks=tuple(
-            draw_block(before.structure, layer, title, kept) for title, layer in kinds_of_layers(before.structure)
+        drawings=tuple(
+            draw_layer(before.structure, layer, title, kept) for title, layer in kinds_of_layers(before.structure)
         ),
         recipe=_recipe(manifest),
         notes=manifest.recipe.get("notes", {}),
@@ -265,8 +265,8 @@ def _recipe(manifest: Manifest) -> str:
 
 
 def _checked_bisection(data: Any) -> Mapping[str, Any]:
-    if not isinstance(data, Mapping) or not {"blocks", "sites", "kl"} <= data.keys():
-        raise CheckpointError("the bisection lacks blocks, sites or kl; give what `slimgraph bisect --json FILE` wrote")
+    if not isinstance(data, Mapping) or not {"layers", "sites", "kl"} <= data.keys():
+        raise CheckpointError("the bisection lacks layers, sites or kl; give what `slimgraph bisect --json FILE` wrote")
     return data
 
 

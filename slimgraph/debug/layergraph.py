@@ -1,4 +1,4 @@
-"""The dependency graph of a block, drawn: boxes for projections, bars for dimensions, a colour for each group."""
+"""The dependency graph of a layer, drawn: boxes for projections, bars for dimensions, a colour for each group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import fx
 from slimgraph.axes import size
 from slimgraph.groups import Group, Structure
 
-__all__ = ["BlockGraph", "Key", "draw_block"]
+__all__ = ["Key", "LayerGraph", "draw_layer"]
 
 _WIDTH, _GAP, _BAR, _ROW, _HEAD, _MARGIN = 158, 50, 14, 30, 26, 12
 _COLOURS = 8  # that the style sheet knows, besides that of the residual stream
@@ -30,11 +30,11 @@ class Key:
 
 
 @dataclass(frozen=True)
-class BlockGraph:
+class LayerGraph:
     """A drawing.
 
     Attributes:
-        title: of the block.
+        title: of the layer.
         svg: the drawing itself.
         keys: what its colours mean.
     """
@@ -56,7 +56,7 @@ class _Box:
     height: int = 0
 
 
-def draw_block(structure: Structure, layer: int, title: str, kept: Mapping[str, int]) -> BlockGraph:
+def draw_layer(structure: Structure, layer: int, title: str, kept: Mapping[str, int]) -> LayerGraph:
     """Draw a layer.
 
     Args:
@@ -66,7 +66,7 @@ def draw_block(structure: Structure, layer: int, title: str, kept: Mapping[str, 
         kept: group -> units that stay, of the groups that are cut.
     """
     drawing = _Drawing(structure, structure.layers[layer], kept)
-    return BlockGraph(title, drawing.svg(title), tuple(drawing.keys.values()))
+    return LayerGraph(title, drawing.svg(title), tuple(drawing.keys.values()))
 
 
 class _Drawing:
@@ -86,7 +86,7 @@ class _Drawing:
         right = max((b.x for b in self.boxes), default=0) + _WIDTH + _MARGIN
         bottom = max((b.y + b.height for b in self.boxes), default=0) + _MARGIN
         parts = [
-            Markup('<svg class="block" role="group" aria-label="{}" viewBox="0 0 {} {}" style="--w:{}px">').format(
+            Markup('<svg class="layer" role="group" aria-label="{}" viewBox="0 0 {} {}" style="--w:{}px">').format(
                 title, right, bottom, right
             ),
             *(self._edge(a, b) for a, b in self.edges),
