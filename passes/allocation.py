@@ -17,7 +17,7 @@ from slimgraph.passes.base import Pass, register
 from slimgraph.plan import Plan
 from slimgraph.state import KEY, State, structure_of
 from slimgraph.sweep import layer_similarity
-from slimgraph.units import units_of
+from slimgraph.units import HEAD_MODES, units_of
 
 __all__ = ["CosineAllocation", "UniformAllocation"]
 
@@ -45,6 +45,11 @@ class _Allocation(Pass):
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.unit_ratio is None):
             raise RecipeError(f"{self.name}: give either ratio or unit_ratio; found {self.ratio} and {self.unit_ratio}")
+        for key, share in (("ratio", self.ratio), ("unit_ratio", self.unit_ratio)):
+            if share is not None and not 0 <= share < 1:
+                raise RecipeError(f"{self.name}: {key} is {share:g}; expected a share, 0 <= {key} < 1")
+        if self.heads not in HEAD_MODES:
+            raise RecipeError(f"{self.name}: heads is {self.heads!r}; expected one of {', '.join(HEAD_MODES)}")
         if self.kinds not in ("both", "heads", "channels"):
             raise RecipeError(f"{self.name}: kinds is {self.kinds!r}; expected both, heads or channels")
         if self.round_to < 1:
@@ -53,6 +58,11 @@ class _Allocation(Pass):
     def run(self, graph_module: fx.GraphModule, state: State) -> fx.GraphModule | None:
         """Solve for the unit counts and record them; a graph without the layers that go as a whole, if any do."""
         structure = structure_of(graph_module)
+        if state.pending is not None:
+            raise PlanError(
+                f"{self.name}: no sweep has carried out yet what {state.pending} shared out; expected one allocation "
+                "before each sweep: put a sweep between them, or leave one out"
+            )
         if state.plan.skipped:
             raise PlanError(
                 f"{self.name}: an earlier pass skips {state.plan.skipped[0]}; expected all layers, as what is said of "
@@ -69,6 +79,7 @@ class _Allocation(Pass):
         goal = Goal(structure, state.units, weights, {**state.sizes, **now}, added, self.round_to)
         with state.watch("allocation"):
             state.budget = self.budget(goal, structure, state)
+        state.pending = self.name
         skipped = state.budget.skipped
         if not skipped:
             return None
@@ -117,6 +128,11 @@ class UniformAllocation(_Allocation):
     def weights(self, structure: Structure, state: State) -> Mapping[int, float]:
         layers = _cut_layers(structure, state)
         first, last = (round(share * len(layers)) for share in (self.spare_first, self.spare_last))
+        if first + last >= len(layers):
+            raise PlanError(
+                f"{self.name}: spare_first {self.spare_first:g} and spare_last {self.spare_last:g} come to {first} and "
+                f"{last} of {len(layers)} layers; expected some that are left to cut: spare fewer"
+            )
         return dict.fromkeys(layers[first : len(layers) - last], 1.0)
 
 
@@ -136,6 +152,11 @@ class CosineAllocation(_Allocation):
 
     alpha: float | None = None
     layers: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            raise RecipeError(f"{self.name}: alpha is {self.alpha}; expected a finite number")
 
     def weights(self, structure: Structure, state: State) -> Mapping[int, float]:
         if not state.batches:

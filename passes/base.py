@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any, ClassVar, TypeVar
 
@@ -49,8 +50,14 @@ class Pass:
     def to_recipe(self) -> dict[str, Any]:
         """The recipe entry: {name: fields}."""
         fields = dataclasses.asdict(self)
-        # As JSON and YAML would give them back.
-        return {self.name: {key: list(v) if isinstance(v, tuple) else v for key, v in fields.items()}}
+        return {self.name: {key: _plain(value) for key, value in fields.items()}}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can hold it, and a recipe takes it back."""
+    if isinstance(value, tuple):
+        return list(value)
+    return "inf" if isinstance(value, float) and value == math.inf else value
 
 
 def register(cls: P) -> P:

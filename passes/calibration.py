@@ -20,7 +20,7 @@ __all__ = ["SelfCalibration"]
 class SelfCalibration(Pass):
     """The dense model writes samples of its own, which join the given ones for all passes that follow.
 
-    They are as long as the given ones and are mixed with them at random, so that every micro-batch has both.
+    They are as long as the given ones and are mixed with them at random.
 
     Attributes:
         samples: how many it writes.
@@ -58,4 +58,4 @@ class SelfCalibration(Pass):
             )
         everything = torch.cat([given, distributed.share(written).to(given)])
         order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(self.seed))
-        state.batches = torch.split(everything[order.to(given.device)], len(state.batches[0]))
+        state.batches = torch.split(everything[order.to(given.device)], state.at_once or len(state.batches[0]))

@@ -74,7 +74,15 @@ def standardised(structure: Structure, state: State) -> Mapping[str, Tensor]:
         found[units.site.name] = _by_unit((values - values.mean()) / deviation.clamp(min=1e-300), evidence).cpu()
 
     with state.watch("fluctuation"):
-        sweep(structure, state.batches, state.units, look, weights=state.weights, progress=state.progress)
+        sweep(
+            structure,
+            state.batches,
+            state.units,
+            look,
+            weights=state.weights,
+            combine=state.combine,
+            progress=state.progress,
+        )
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ class HarmAllocation(_Allocation):
     Attributes:
         widths: shares of a site's units that are kept when it is tried, of few units at least one. No site gets
             narrower than the lowest.
-        tokens: calibration tokens that every cut is tried on.
+        tokens: calibration tokens that every cut is tried on, of whole samples among those that cuts are decided from.
         samples: calibration samples that the tried cuts are decided from, rounded up to whole micro-batches; all others
             are left to the sweep. None takes all.
         power: harm is a power mean over their positions: 1 for the mean; 2, the root mean square, spares what few
@@ -83,15 +84,16 @@ class HarmAllocation(_Allocation):
             raise RecipeError(
                 f"{self.name}: spare_last_heads is {self.spare_last_heads}; expected a share of the layers, below 1"
             )
-        if not self.power >= 1:
-            raise RecipeError(f"{self.name}: power is {self.power}; expected at least 1")
+        if not 1 <= self.power < math.inf:
+            raise RecipeError(f"{self.name}: power is {self.power}; expected at least 1, and finite")
         check_dtype(self.name, self.dtype)
 
     def weights(self, structure: Structure, state: State) -> Mapping[int, float]:
         return dict.fromkeys(_cut_layers(structure, state), 1.0)
 
     def budget(self, goal: Goal, structure: Structure, state: State) -> Budget:
-        spared = self._spared(goal)
+        self._check(state)
+        spared = self._spared(structure)
         may_go = [structure.layers[i] for i in goal.weights if i not in spared]
         shorter = skippable(structure, may_go) if self.depth else {}
         widths = {u.site.name: self._widths(u, goal, spared) for u in goal.sites}
@@ -110,9 +112,24 @@ class HarmAllocation(_Allocation):
         skips = self._skips(goal, library, state, shorter, measure)
         return solve_curves(goal, curves, self.ratio or 0.0, left, skips)
 
-    def _spared(self, goal: Goal) -> set[int]:
+    def _check(self, state: State) -> None:
+        """Refuse to begin without what trial cuts need."""
+        if not state.batches:
+            raise CalibrationError("harm_allocation needs calibration tokens; found none in the state")
+        missing = {u.site.kind for u in state.units} - state.importance.keys()
+        if missing or state.fit is None:
+            lacking = "a fit" if state.fit is None else f"how to choose {min(missing)}"
+            raise PlanError(f"harm_allocation lacks {lacking}: put importance and recovery passes before it")
+        if state.weights is not None:
+            raise PlanError(
+                "harm_allocation runs the model many times, and for that it has to be in memory; found weights that "
+                "are fetched as needed: load the model whole, or take cosine_allocation"
+            )
+
+    def _spared(self, structure: Structure) -> set[int]:
         """Layers whose heads stay."""
-        layers = sorted({u.site.layer for u in goal.sites if u.site.kind == "heads" and u.site.layer is not None})
+        sites = structure.prunable_sites()
+        layers = sorted({s.layer for s in sites if s.kind == "heads" and s.layer is not None})
         return set(layers[len(layers) - round(self.spare_last_heads * len(layers)) :])
 
     def _widths(self, units: Units, goal: Goal, spared: Collection[int]) -> list[int]:
@@ -145,6 +162,11 @@ class HarmAllocation(_Allocation):
             raise PlanError(
                 f"of {self.of}: {least} takes more of it when it is cut to half than as it is; expected less: measure "
                 "on a machine that does nothing else, with longer samples, or take another budget"
+            )
+        if not any(each.values()):
+            raise PlanError(
+                f"of {self.of}: no cut frees any of it; expected sites that do: of the cache only whole kv groups free "
+                "some (heads: kv)"
             )
         sizes = {u.site.name: u.block_size for u in goal.sites}
         return lambda keep: whole - sum(each[name] * (sizes[name] - n) for name, n in keep.items())
@@ -181,17 +203,7 @@ class HarmAllocation(_Allocation):
         self, widths: Mapping[str, Sequence[int]], structure: Structure, state: State, layers: Collection[str]
     ) -> harm.Library:
         fit = state.fit
-        if not state.batches:
-            raise CalibrationError("harm_allocation needs calibration tokens; found none in the state")
-        missing = {u.site.kind for u in state.units} - state.importance.keys()
-        if missing or fit is None:
-            lacking = "a fit" if fit is None else f"how to choose {min(missing)}"
-            raise PlanError(f"harm_allocation lacks {lacking}: put importance and recovery passes before it")
-        if state.weights is not None:
-            raise PlanError(
-                "harm_allocation runs the model many times, and for that it has to be in memory; found weights that "
-                "are fetched as needed: load the model whole, or take cosine_allocation"
-            )
+        assert fit is not None
 
         def decide(units: Units, evidence: Evidence, keep: int) -> Decision:
             kept = state.importance[evidence.kind].select(evidence, keep)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from torch import Tensor, fx
 
 from slimgraph import score
+from slimgraph.errors import RecipeError
 from slimgraph.evidence import Evidence
 from slimgraph.passes.base import Pass, register
 from slimgraph.state import State
@@ -78,6 +80,10 @@ class FeatureSpace(_Importance):
     sources: bool = True
     keep_lowest: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.keep_lowest <= 1:
+            raise RecipeError(f"{self.name}: keep_lowest is {self.keep_lowest}; expected a share between 0 and 1")
+
     def kinds(self) -> tuple[str, ...]:
         return ("channels",)
 
@@ -121,4 +127,5 @@ class RandomImportance(_Importance):
 
     def scores(self, evidence: Evidence) -> Tensor:
         # The site's name goes into the seed, so that layers do not all lose the same units.
-        return score.random_scores(evidence, self.seed + sum(map(ord, evidence.name)))
+        digest = hashlib.sha256(f"{self.seed} {evidence.name}".encode()).digest()
+        return score.random_scores(evidence, int.from_bytes(digest[:8], "big") >> 1)

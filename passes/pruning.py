@@ -92,6 +92,7 @@ class Sweep(Pass):
         for u in cut:
             plan = plan.merged(Plan(u.cut(decisions[u.site.name].units.cpu())))
         refits = {name: d.refit for name, d in decisions.items()}
+        state.pending = None
         return _cut(graph_module, state, structure_of(graph_module), plan, refits)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from slimgraph import recover
-from slimgraph.errors import RecipeError
+from slimgraph.errors import PlanError, RecipeError
 from slimgraph.evidence import TARGETS, Evidence
 from slimgraph.passes.base import Pass, register
 from slimgraph.state import State
@@ -21,6 +21,11 @@ class _Recovery(Pass):
 
     def run(self, graph_module: fx.GraphModule, state: State) -> None:
         """Record the fit."""
+        if state.pending is not None:
+            raise PlanError(
+                f"{self.name}: {state.pending} has shared out a budget already, and counts the biases that a fit adds; "
+                f"expected the fit to be known by then: put {self.name} before it"
+            )
         state.fit = self.fit
         state.fit_adds_bias = self.adds_bias()
         state.twin = self.needs_twin()

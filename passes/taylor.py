@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from slimgraph import score
-from slimgraph.errors import CalibrationError, ModelError
+from slimgraph.errors import CalibrationError, ModelError, RecipeError
 from slimgraph.evidence import Evidence
 from slimgraph.groups import Site, Structure
 from slimgraph.passes.base import register
@@ -45,6 +45,10 @@ class Taylor(_Importance):
     """
 
     batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise RecipeError(f"{self.name}: batch is {self.batch}; expected at least 1")
 
     def run(self, graph_module: fx.GraphModule, state: State) -> None:
         """Take the gradients, and record what they say."""
@@ -96,21 +100,25 @@ def _slices(graph_module: fx.GraphModule, sites: Sequence[Site], state: State, b
 
 
 def _backward(graph_module: fx.GraphModule, leaves: Mapping[str, Tensor], state: State, batch: int) -> None:
-    """Accumulate the gradient of the mean loss over all predicted tokens in the leaves."""
+    """Put the gradient of the mean loss over the predicted tokens of all processes in the leaves."""
     frozen = {name: p.detach() for name, p in graph_module.named_parameters()} | dict(leaves)
     samples = state.batches if is_static(graph_module) else [s for b in state.batches for s in torch.split(b, batch)]
-    predicted = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in samples)
+    own = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in samples)
+    predicted = int(state.combine(torch.tensor([own], dtype=torch.int64)))
+    if not predicted:
+        raise CalibrationError("taylor needs tokens that follow others, to predict them; found samples of 1 token each")
     with torch.enable_grad(), state.progress("gradients", total=len(samples)) as tick:
         for ids in samples:
             logits = torch.func.functional_call(graph_module, frozen, (ids,))
             loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
             (loss / predicted).backward()  # type: ignore[no-untyped-call]
             tick()
+    for _, leaf in sorted(leaves.items()):  # in an order that all processes share
+        leaf.grad = state.combine(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
 
 
 def _worth(leaf: Tensor, dim: int) -> Tensor:
-    if leaf.grad is None:
-        return torch.zeros(leaf.shape[dim], dtype=torch.float64)
+    assert leaf.grad is not None
     others = [d for d in range(leaf.ndim) if d != dim]
     # The product in the weight's dtype: in float64 it would be the largest tensor of all.
     return (leaf.detach() * leaf.grad).abs().sum(others, dtype=torch.float64).cpu()

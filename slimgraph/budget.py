@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ __all__ = ["Budget", "Goal", "Skip", "at_factor", "check_narrowest", "keep_at", 
 _CLOSE = 0.01  # of what should go; widths are whole numbers
 _ROUNDING = 1e-9  # likewise, of sums
 _STEPS = 60  # bisection steps; the widths are whole numbers long before
+_NOTHING = 1e-12  # of the largest weight; what is less would not lose a unit before all others have lost theirs
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def solve(goal: Goal, ratio: float) -> Budget:
         PlanError: the ratio is not between 0 and 1, nothing may be cut, or the ratio cannot be reached.
     """
     before, wanted = _wanted(goal, ratio)
+    most = max(goal.weights.values())
+    goal = replace(goal, weights={layer: w if w > _NOTHING * most else 0.0 for layer, w in goal.weights.items()})
     low, high = 0.0, 1 / min(w for w in goal.weights.values() if w > 0)
     _check_reachable(goal, _keep(goal, high), ratio)
     for _ in range(_STEPS):
@@ -330,10 +333,30 @@ def _slope(saved: Mapping[int, float], curve: Mapping[int, float], first: int, s
 
 
 def at_factor(goal: Goal, factor: float) -> Budget:
-    """The budget where layer l loses the share factor * weights[l] of its units: SlimLLM's own ratio."""
+    """The budget where layer l loses the share factor * weights[l] of its units: SlimLLM's own ratio.
+
+    Where that is more than all of a layer, the others lose more, so that the mean share over layers is the same.
+    """
+    factor = _below_one(sorted(goal.weights.values(), reverse=True), factor)
     keep = _keep(goal, factor)
     ratios = {layer: min(1.0, factor * w) for layer, w in goal.weights.items()}
     return Budget(keep, ratios, sum(goal.sizes.values()), _after(goal, keep))
+
+
+def _below_one(weights: Sequence[float], factor: float) -> float:
+    """The factor with which the shares factor * weight, none counted above 1, add up to what they would uncounted.
+
+    Args:
+        weights: of the layers, descending.
+        factor: with which shares may be above 1.
+    """
+    missing, rest = factor * sum(weights), sum(weights)
+    for weight in weights:
+        if factor * weight <= 1:
+            break
+        missing, rest = missing - 1, rest - weight
+        factor = missing / rest if rest > 0 and missing > 0 else 1 / weight
+    return factor
 
 
 def _wanted(goal: Goal, ratio: float) -> tuple[int, float]:

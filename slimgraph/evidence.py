@@ -10,6 +10,7 @@ Sums over tokens add up over processes: `combine` does that, and every process t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -178,18 +179,20 @@ class Evidence:
         """The same site with every n-th sample only, from `first` on: a part to fit on or to test with.
 
         Raises:
-            CalibrationError: a micro-batch has no such sample.
+            CalibrationError: there is no such sample.
         """
+        starts = itertools.accumulate((x.shape[0] for x in self.inputs), initial=0)
+        taken = [range((first - start) % nth, x.shape[0], nth) for start, x in zip(starts, self.inputs, strict=False)]
 
         def part(values: Sequence[Tensor]) -> list[Tensor]:
             # Rows as the input has them: the stream may be shaped otherwise.
             rows = (v.reshape(*x.shape[:-1], v.shape[-1]) for x, v in zip(self.inputs, values, strict=True))
-            return [v[first::nth] for v in rows]
+            return [v[r.start :: nth] for v, r in zip(rows, taken, strict=True) if r]
 
-        if any(x.shape[0] <= first for x in self.inputs):
+        if not any(taken):
             raise CalibrationError(
-                f"{self.name}: a micro-batch of {min(x.shape[0] for x in self.inputs)} samples cannot be split in "
-                f"{nth}; calibrate with more samples in each"
+                f"{self.name}: {sum(x.shape[0] for x in self.inputs)} calibration samples cannot be split in {nth}; "
+                "calibrate with more of them, or give a prior"
             )
         twin = self.twin
         if twin is not None:

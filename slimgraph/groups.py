@@ -64,7 +64,8 @@ class _Builder:
         residual = self._residual_atoms()
         self.layers = self._find_layers(residual)
         heads = {a for t in self.analysis.heads for a in self.axes.atoms(t) if a.frozen is None}
-        found = [s for p in self.projections if (s := self._site_atoms(p, residual, heads)) is not None]
+        left_alone = residual | self._head_widths()
+        found = [s for p in self.projections if (s := self._site_atoms(p, left_alone, heads)) is not None]
         names = self._names(places, found)
         statistics, least = self._statistics(), self._least()
         experts = {a for term in self.analysis.ranges.values() for a in self.axes.atoms(term)}
@@ -156,6 +157,12 @@ class _Builder:
 
     # -- projections and sites ------------------------------------------------------------------------------------
 
+    def _head_widths(self) -> set[Atom]:
+        """What products of two activations put out. Of a single head nothing else goes into the output projection."""
+        products = [c for c in self.analysis.contractions if {c.left, c.right} <= self.analysis.moving]
+        put_out = (self.analysis.terms(c.node) for c in products if self._projection(c) is None)
+        return {atom for dims in put_out if isinstance(dims, tuple) for atom in self.axes.atoms(dims[-1])}
+
     def _projection(self, c: Contraction) -> _Projection | None:
         """The weight of a contraction, on whichever side it is; None for a product of two activations."""
         for weight, dim, other in ((c.right, c.right_dim, c.left), (c.left, c.left_dim, c.right)):
@@ -202,14 +209,14 @@ class _Builder:
         return None if p.out_dim is None else self.sources[p.parameter][p.out_dim]
 
     def _site_atoms(
-        self, p: _Projection, residual: set[Atom], heads: set[Atom]
+        self, p: _Projection, left_alone: set[Atom], heads: set[Atom]
     ) -> tuple[_Projection, tuple[Atom, ...]] | None:
         """The atoms whose units are removed at a projection: its heads if it has any, else its only atom."""
         if p.out_dim is None:
             return None
         term = self.axes.find(p.contraction.term)
         if isinstance(term, Atom):
-            return (p, (term,)) if term not in residual and term.frozen is None else None
+            return (p, (term,)) if term not in left_alone and term.frozen is None else None
         if not isinstance(term, Product):
             return None
         outer = tuple(f for f in term.factors if isinstance(f, Atom) and f in heads)

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from slimgraph.errors import CalibrationError
+from slimgraph.errors import CalibrationError, NumericsError
 from slimgraph.evidence import Combine, Evidence, Twin, alone
 from slimgraph.execute import Observer, Parking, Stop, feeds_products, lower, run
 from slimgraph.groups import Structure
@@ -83,8 +83,8 @@ def measure(
         units: the sites.
         widths: site name -> units kept in each block.
         decide: units, evidence of the dense model and units kept per block -> what to cut.
-        tokens: number of tokens, whole samples from the first micro-batch, that go to the logits with every cut; the
-            divergence is taken at every fourth position.
+        tokens: number of tokens, of whole samples, that go to the logits with every cut; the divergence is taken at
+            every fourth position. A graph that works for one shape only is given its first micro-batch.
         power: harm is the power mean of the positions' divergences: 1 for the mean, 2 for the root mean square.
         together: whether harms are scaled, by one factor for all sites of a kind at their narrowest width, one for the
             next width, and so on, to add up to what all these cuts do at once.
@@ -98,6 +98,7 @@ def measure(
     Raises:
         CalibrationError: no calibration tokens.
         GraphError: the graph shows no layers.
+        NumericsError: what the dense model or one with a cut predicts is not finite.
     """
     if not batches or not sum(b.numel() for b in batches):
         raise CalibrationError("no calibration tokens; expected at least one sequence")
@@ -105,23 +106,31 @@ def measure(
     boundaries = structure.boundaries()
     starts = [boundaries[0][0], *(after for _, after in boundaries[:-1])]
     cuts = _decided(structure, batches, units, widths, decide, dtype, combine, watch or Stopwatch(), progress)
-    first = batches[0]
-    probe = _Probe(graph_module, first if is_static(graph_module) else first[: max(1, tokens // first.shape[1])], dtype)
+    wanted = max(1, tokens // batches[0].shape[1])
+    probe = _Probe(graph_module, batches[0] if is_static(graph_module) else torch.cat(list(batches))[:wanted], dtype)
     found: dict[str, dict[int, float]] = {u.site.name: {} for u in units}
 
-    def harm(logits: Tensor) -> float:
+    def harm(logits: Tensor, what: str) -> float:
         tick()
-        return _mean(probe.divergence(logits), power, combine)
+        value = _mean(probe.divergence(logits), power, combine)
+        if not math.isfinite(value):
+            raise NumericsError(
+                f"{what}: its harm is {value}, as the logits are not finite then or rule out what the dense model "
+                "predicts; expected a number: run in float32, or in bfloat16 where float16 overflows"
+            )
+        return value
 
     def try_layer(layer: int) -> Callable[[Parking], None]:
         def at(parking: Parking) -> None:
             start = starts[layer]
             for cut in cuts.get(layer, []):
-                found[cut.units.site.name][cut.keep] = harm(probe.logits_with(_stops([cut]), (start, parking.copy(0))))
+                logits = probe.logits_with(_stops([cut]), (start, parking.copy(0)))
+                found[cut.units.site.name][cut.keep] = harm(logits, f"{cut.units.site.name} cut to {cut.keep}")
             if structure.layers[layer] in layers:
                 before, after = boundaries[layer]
                 past = {after: Stop(before, lambda _: _unchanged)}
-                found[structure.layers[layer]] = {0: harm(probe.logits_with(past, (start, parking.copy(0))))}
+                logits = probe.logits_with(past, (start, parking.copy(0)))
+                found[structure.layers[layer]] = {0: harm(logits, f"{structure.layers[layer]} skipped")}
 
         return at
 
@@ -130,7 +139,8 @@ def measure(
         probe.run(cuts={start: try_layer(i) for i, start in enumerate(starts)})
         for level in levels:
             alone = sum(found[c.units.site.name][c.keep] for c in level)
-            factor = harm(probe.logits_with(_stops(level))) / alone if alone else 1.0
+            of = f"all {level[0].units.site.kind} cut at once"
+            factor = harm(probe.logits_with(_stops(level)), of) / alone if alone else 1.0
             for c in level:
                 found[c.units.site.name][c.keep] *= factor
     return found
@@ -257,6 +267,11 @@ class _Probe:
         self._head = [tensor_at(self.graph_module, str(p.target)).to(self.dtype) for p in head]
         logits = self.logits_with({})
         self._dense = logits.float().softmax(-1)
+        if not torch.isfinite(self._dense).all():
+            raise NumericsError(
+                "the dense model's logits are not finite; expected a distribution of the next token: check the "
+                "weights, and run in float32, or in bfloat16 where float16 overflows"
+            )
         self._most = self._expected(logits)
 
     def run(
@@ -301,8 +316,12 @@ class _Probe:
 
     def _expected(self, logits: Tensor) -> Tensor:
         """(positions,) float32, log-probability of the dense model's next token."""
+        least = torch.finfo(torch.float32).min  # of tokens that are masked: 0 times minus infinity would be no number
         return torch.cat(
-            [torch.linalg.vecdot(self._dense[at], logits[at].float().log_softmax(-1)) for at in row_slices(logits)]
+            [
+                torch.linalg.vecdot(self._dense[at], logits[at].float().log_softmax(-1).clamp_(min=least))
+                for at in row_slices(logits)
+            ]
         )
 
     def _few_positions(self, x: Tensor) -> Tensor:

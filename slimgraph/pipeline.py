@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from slimgraph import checkpoint, distributed, hf
 from slimgraph.budget import Budget
-from slimgraph.errors import CalibrationError, ModelError, SlimgraphError
+from slimgraph.errors import CalibrationError, ModelError, PlanError, SlimgraphError
 from slimgraph.generate import can_generate, generate
 from slimgraph.groups import Structure, infer
 from slimgraph.invariants import check_pass
@@ -28,7 +28,7 @@ from slimgraph.state import State, attach, state_of
 from slimgraph.text import Tokenizer, calibration_tokens, is_source
 from slimgraph.trace import trace
 
-__all__ = ["Calibration", "Result", "micro_batches", "prune", "read_calibration", "run_passes"]
+__all__ = ["Calibration", "Result", "check_carried_out", "micro_batches", "prune", "read_calibration", "run_passes"]
 
 
 _TOKENS = 4096  # of a micro-batch: enough for full speed, few enough for small machines
@@ -181,6 +181,7 @@ def prune(
         structure = infer(dense)
     state = State(
         batches=micro_batches(dense, distributed.share(ids), batch, device),
+        at_once=_at_once(dense, ids, batch),
         combine=distributed.combine,
         sizes={name: p.numel() for name, p in model.named_parameters()},
         watch=watch,
@@ -189,6 +190,7 @@ def prune(
         scores={} if keep_scores else None,
     )
     pruned = run_passes(attach(dense, state), chosen.passes, verify=verify)
+    check_carried_out(state)
     with watch("module"):
         module, failure = _prune_module(model, structure, state, pruned)
     return Result(
@@ -239,6 +241,19 @@ def run_passes(
     return graph_module
 
 
+def check_carried_out(state: State) -> None:
+    """Refuse a recipe that shares out a budget and stops there.
+
+    Raises:
+        PlanError: no sweep followed the last allocation.
+    """
+    if state.pending is not None:
+        raise PlanError(
+            f"{state.pending} has shared out a budget, which nothing has carried out; expected a sweep after it in the "
+            "recipe"
+        )
+
+
 def read_calibration(
     calibration: Calibration, tokenizer: Tokenizer | None, samples: int, seq_len: int, seed: int
 ) -> tuple[Tensor, dict[str, Any]]:
@@ -255,6 +270,9 @@ def read_calibration(
             "seed": seed,
         }
     ids = torch.as_tensor(calibration)
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise CalibrationError(f"calibration tokens are {ids.dtype}; expected integers, the ids of tokens")
+    ids = ids.long()
     if ids.ndim != 2 or not ids.numel():
         raise CalibrationError(
             f"calibration tokens have shape {tuple(ids.shape)}; expected (samples, tokens), not empty"
@@ -274,11 +292,22 @@ def micro_batches(graph_module: fx.GraphModule, ids: Tensor, batch: int | None, 
         ids: (samples, tokens).
         batch: samples at once; as many as have 4 096 tokens by default.
         device: where to.
+
+    Raises:
+        CalibrationError: `batch` is below 1.
     """
+    return [b.to(device) for b in torch.split(ids, _at_once(graph_module, ids, batch))]
+
+
+def _at_once(graph_module: fx.GraphModule, ids: Tensor, batch: int | None) -> int:
+    """Samples of a full micro-batch."""
+    if batch is not None and batch < 1:
+        raise CalibrationError(f"batch is {batch}; expected at least 1 sample at once")
     (inputs,) = graph_module.graph.find_nodes(op="placeholder")
     fixed = inputs.meta["val"].shape[0]
-    wanted = batch if batch is not None else max(1, _TOKENS // ids.shape[1])
-    return [b.to(device) for b in torch.split(ids, fixed if isinstance(fixed, int) else wanted)]
+    if isinstance(fixed, int):
+        return fixed
+    return batch if batch is not None else max(1, _TOKENS // ids.shape[1])
 
 
 def _prune_module(

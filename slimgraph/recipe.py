@@ -171,7 +171,7 @@ def _read_pass(place: int, entry: Any) -> Pass:
     cls = pass_named(str(name))
     adapter = TypeAdapter(with_config(ConfigDict(extra="forbid"))(cls))
     try:
-        return adapter.validate_python(fields or {})
+        return adapter.validate_python({} if fields is None else fields)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(p) for p in first["loc"]) or "fields"

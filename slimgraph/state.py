@@ -79,6 +79,7 @@ class State:
 
     Attributes:
         batches: micro-batches of calibration tokens, (samples, tokens) int64 each.
+        at_once: samples of a full micro-batch, for passes that add some; None for as many as the first has.
         sizes: parameter name -> number of elements, for all parameters of the whole model.
         importance: "heads" and "channels" -> how units are chosen.
         fit: how output projections are refitted; None keeps sliced weights.
@@ -87,6 +88,7 @@ class State:
             `slimgraph.evidence.TARGETS`); None where it does not.
         units: the sites to cut, once allocated.
         budget: how many units stay, once allocated.
+        pending: recipe name of the pass that allocated it, until a sweep has carried it out; None else.
         plan, refits: what the sweep decided.
         similarity: cosine similarity of input and output per layer, when it was measured.
         scores: site -> (units,) float64, what scores lowest goes first; None when they are not to be kept.
@@ -101,6 +103,7 @@ class State:
     """
 
     batches: Sequence[Tensor] = ()
+    at_once: int | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
     importance: dict[str, Importance] = field(default_factory=dict)
     fit: Fit | None = None
@@ -108,6 +111,7 @@ class State:
     twin: str | None = None
     units: Sequence[Units] = ()
     budget: Budget | None = None
+    pending: str | None = None
     plan: Plan = field(default_factory=Plan)
     refits: dict[str, Refit] = field(default_factory=dict)
     similarity: list[float] | None = None

@@ -21,7 +21,7 @@ from slimgraph import checkpoint, distributed
 from slimgraph.errors import CheckpointError
 from slimgraph.groups import Structure, infer
 from slimgraph.module import prune_module
-from slimgraph.pipeline import Calibration, Result, micro_batches, read_calibration, run_passes
+from slimgraph.pipeline import Calibration, Result, check_carried_out, micro_batches, read_calibration, run_passes
 from slimgraph.plan import resolve
 from slimgraph.pretrained import check_tokens, load_skeleton
 from slimgraph.products import faster_in
@@ -142,6 +142,7 @@ def prune_checkpoint(
             scores={} if keep_scores else None,
         )
         pruned = run_passes(attach(dense, state), chosen.passes)
+        check_carried_out(state)
         with watch("module"):
             module = prune_module(model, resolve(structure, state.plan), pruned, state.refits)
         result = Result(

@@ -58,7 +58,7 @@ def layer_similarity(
         progress: shows how far it got.
 
     Raises:
-        CalibrationError: a layer's input or output cannot be told from the graph.
+        GraphError: a layer's input or output cannot be told from the graph.
     """
     sums = torch.zeros(2, len(structure.layers), dtype=torch.float64)
 

@@ -29,7 +29,7 @@ from slimgraph.pipeline import run_passes
 from slimgraph.recipe import Recipe, method
 from slimgraph.state import State, attach
 from slimgraph.trace import trace
-from slimgraph.units import units_of
+from slimgraph.units import parameter_count, units_of
 
 IDS = tokens(6, 9, seed=3)
 
@@ -70,8 +70,8 @@ def test_fluctuation_of_infinite_weights_is_refused() -> None:
         Fluctuation().scores(broken.evidence())
 
 
-def ranked_goal(heads: str = "kv") -> tuple[Goal, State]:
-    graph = own_graph(decoder())
+def ranked_goal(heads: str = "kv", **config: int) -> tuple[Goal, State]:
+    graph = own_graph(decoder(**config))
     state = state_on(graph)
     structure = infer(graph)
     state.units = [units_of(structure, s, heads) for s in structure.prunable_sites()]
@@ -106,11 +106,17 @@ def test_one_threshold_divides_what_stays_from_what_goes(ratio: float) -> None:
     assert len(set(budget.keep.values())) > 2  # sites do not all lose alike
 
 
-def test_balanced_blocks_stay_equally_large() -> None:
-    goal, state = ranked_goal("balanced")
-    budget = solve_ranked(goal, standardised(goal.structure, state), 0.3)
-    for u in goal.sites:
-        assert 1 <= budget.keep[u.site.name] <= u.block_size
+def test_blocks_of_a_site_keep_the_mean_over_them() -> None:
+    """By these scores one of three blocks of heads would lose all, and the others nothing."""
+    goal, _ = ranked_goal("balanced", num_attention_heads=12)
+    scores = {u.site.name: torch.ones(len(u.blocks), dtype=torch.float64) for u in goal.sites}
+    heads = [u for u in goal.sites if u.site.kind == "heads"]
+    for u in heads:
+        assert (u.block_count, u.block_size) == (3, 4)
+        scores[u.site.name][u.blocks == 1] = 0.0
+    gone = {u.site.name: 3 if u in heads else u.block_size for u in goal.sites}
+    left = parameter_count(goal.structure, {u.group: gone[u.site.name] for u in heads}, goal.sizes)
+    assert solve_ranked(goal, scores, 1 - left / sum(goal.sizes.values())).keep == gone
 
 
 def test_a_ranking_cannot_do_what_no_cut_can() -> None:
@@ -202,6 +208,19 @@ def test_taylor_refuses_what_it_cannot_do() -> None:
         run_passes(graph, [Taylor()])
     state_on(graph, weights=lambda name: torch.zeros(1))
     with pytest.raises(ModelError, match="whole model in memory"):
+        run_passes(graph, [Taylor()])
+
+
+@pytest.mark.parametrize(("wrong", "message"), [(0, "batch is 0"), (-2, "batch is -2")])
+def test_taylor_takes_samples_one_by_one_at_least(wrong: int, message: str) -> None:
+    with pytest.raises(RecipeError, match=f"^taylor: {message}; expected at least 1$"):
+        Taylor(batch=wrong)
+
+
+def test_taylor_needs_something_to_predict() -> None:
+    graph = own_graph(decoder())
+    state_on(graph, batches=[IDS[:, :1]])
+    with pytest.raises(CalibrationError, match="samples of 1 token each"):
         run_passes(graph, [Taylor()])
 
 

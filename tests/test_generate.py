@@ -235,6 +235,10 @@ def test_written_samples_join_the_given_ones() -> None:
     assert not other.equal(everything)
 
 
+def test_few_given_samples_make_no_small_micro_batches() -> None:
+    assert [len(b) for b in after(SelfCalibration(samples=7), batches=[IDS[:1]], at_once=3)] == [3, 3, 2]
+
+
 def test_every_process_takes_its_share_of_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world", lambda: 2)
     found = []

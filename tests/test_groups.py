@@ -8,13 +8,16 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
-from decoders import FeedForward, Toy, decoder
+from decoders import FeedForward, Toy, decoder, make, tokens
 from labelled import Bench, aten, parameters_shown
 from torch import nn
 
+import slimgraph
 from slimgraph.axes import Atom, Term
 from slimgraph.errors import GraphError, PlanError
 from slimgraph.groups import Structure, infer
+from slimgraph.passes import Magnitude, NoRecovery, Sweep, UniformAllocation
+from slimgraph.recipe import Recipe
 from slimgraph.trace import trace
 
 GQA: dict[str, Any] = {}
@@ -173,6 +176,30 @@ def test_weights_of_a_layer_are_made_of(
     structure = decoder(family, **changes).structure
     assert parameters_shown(structure, layer, shown) == shown
     assert {n for n in structure.analysis.sources if n.startswith(layer + ".")} == {f"{layer}.{n}" for n in shown}
+
+
+SINGLE = {"num_attention_heads": 1, "num_key_value_heads": 1}
+
+
+def test_the_width_of_a_single_head_is_not_taken_for_channels() -> None:
+    structure = decoder(**SINGLE).structure
+    assert [(s.kind, s.layer) for s in structure.prunable_sites()] == [("channels", 0), ("channels", 1)]
+    width = next(g for g in structure.groups.values() if g.name.endswith("v_proj.weight[0]"))
+    assert (width.kind, width.units) == ("inner", 4)
+
+
+def test_a_model_that_was_pruned_to_single_heads_is_pruned_again() -> None:
+    heads = UniformAllocation(unit_ratio=0.5, kinds="heads")
+    ids = tokens(4, 9)
+    once = slimgraph.prune(
+        make(num_attention_heads=2, num_key_value_heads=2),
+        ids,
+        recipe=Recipe((Magnitude(), NoRecovery(), heads, Sweep())),
+    )
+    assert once.model is not None
+    twice = slimgraph.prune(once.model, ids, 0.1, recipe="slimllm", round_to=1)
+    assert twice.module_failure is None
+    assert twice.parameters_after < once.parameters_after
 
 
 SITES = [

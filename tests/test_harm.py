@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import decoder, logits, make, own_graph, tokens
+from decoders import VOCABULARY, decoder, logits, make, own_graph, tokens
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,14 +19,15 @@ from torch import Tensor, nn
 import slimgraph
 from slimgraph import harm, recover, score
 from slimgraph.budget import Goal, solve_curves
-from slimgraph.errors import CalibrationError, PlanError, RecipeError
+from slimgraph.errors import CalibrationError, NumericsError, PlanError, RecipeError
 from slimgraph.evidence import Evidence
+from slimgraph.groups import infer
 from slimgraph.passes import FeatureSpace, HarmAllocation, LeastSquares, Magnitude, NoRecovery, Pass, Pearson, base
 from slimgraph.recipe import Recipe, method
 from slimgraph.state import KEY, State, attach
 from slimgraph.surgery import Refit
 from slimgraph.sweep import Decision
-from slimgraph.trace import tensor_at
+from slimgraph.trace import tensor_at, trace
 from slimgraph.units import Units, parameter_count, units_of
 
 IDS = tokens(6, 9, seed=3)
@@ -68,6 +69,65 @@ def divergence(dense: nn.Module, cut: nn.Module, ids: Tensor, power: float) -> f
 
 
 # -- harm -------------------------------------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """A decoder that can never say its last three tokens."""
+
+    def __init__(self, inner: nn.Module, value: float) -> None:
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+        mask = torch.zeros(VOCABULARY, dtype=torch.float64)
+        mask[-3:] = value
+        self.register_buffer("mask", mask)
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+        return self.inner(input_ids=input_ids, use_cache=use_cache).logits + self.mask  # type: ignore[no-any-return]
+
+
+def library(model: nn.Module, **options: Any) -> harm.Library:
+    """One narrow cut of each site."""
+    structure = infer(trace(model))
+    units = [units_of(structure, s) for s in structure.prunable_sites()]
+    return harm.measure(structure, [IDS], units, {u.site.name: [1] for u in units}, plain, **options)
+
+
+def test_a_token_that_is_ruled_out_does_no_harm() -> None:
+    ruled_out, unlikely = (library(Masked(make(), value)) for value in (-math.inf, -1e4))
+    assert ruled_out.keys() == unlikely.keys()
+    for site, found in ruled_out.items():
+        assert found[1] == pytest.approx(unlikely[site][1], rel=1e-6)
+        assert found[1] > 0
+
+
+def test_a_cut_whose_logits_are_no_numbers_is_named() -> None:
+    units = sites_of("llama")
+
+    def overflowing(u: Units, evidence: Evidence, keep: int) -> Decision:
+        decision = plain(u, evidence, keep)
+        weight = decision.refit.weight * (math.inf if u is units[-1] else 1.0)
+        return replace(decision, refit=replace(decision.refit, weight=weight))
+
+    widths = {u.site.name: [1] for u in units}
+    message = rf"^{re.escape(units[-1].site.name)} cut to 1: its harm is nan"
+    with pytest.raises(NumericsError, match=message):
+        harm.measure(decoder().structure, [IDS], units, widths, overflowing)
+
+
+def test_a_dense_model_whose_logits_are_no_numbers_is_refused() -> None:
+    with pytest.raises(NumericsError, match="the dense model's logits are not finite"):
+        library(Masked(make(), math.inf))
+
+
+def test_it_makes_no_difference_how_many_samples_go_together() -> None:
+    units = sites_of("llama")
+    widths = {u.site.name: [1] for u in units}
+    one, several = (
+        harm.measure(decoder().structure, batches, units, widths, plain, tokens=4 * IDS.shape[1])
+        for batches in ([IDS], IDS.split(1))
+    )
+    for site, found in one.items():
+        assert found[1] == pytest.approx(several[site][1], rel=1e-6)
 
 
 @every_family
@@ -341,6 +401,12 @@ def test_what_cannot_be_reached_is_refused_before_a_cut_is_tried(of: str, monkey
         prune(float(most))
 
 
+@pytest.mark.parametrize("kinds", ["both", "heads", "channels"])
+def test_the_spared_layers_do_not_depend_on_what_is_cut(kinds: str) -> None:
+    structure = decoder(num_hidden_layers=4).structure
+    assert HarmAllocation(ratio=0.1, kinds=kinds, spare_last_heads=0.25)._spared(structure) == {3}
+
+
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, math.nan])
 def test_a_ratio_is_a_share(ratio: float) -> None:
     with pytest.raises(PlanError, match=r"expected a share of all parameters, 0 <= ratio < 1$"):
@@ -410,7 +476,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"ratio": 0.2, "tokens": 0}, "tokens is 0; expected at least 1"),
     ({"ratio": 0.2, "samples": 0}, "samples is 0; expected at least 1, or null"),
     ({"ratio": 0.2, "spare_last_heads": 1.0}, "spare_last_heads is 1.0; expected a share of the layers, below 1"),
-    ({"ratio": 0.2, "power": 0.5}, "power is 0.5; expected at least 1"),
+    ({"ratio": 0.2, "power": 0.5}, "power is 0.5; expected at least 1, and finite"),
+    ({"ratio": 0.2, "power": math.inf}, "power is inf; expected at least 1, and finite"),
     ({"ratio": 0.2, "dtype": "int8"}, "dtype is 'int8'; expected bfloat16 or null"),
     ({"ratio": 0.2, "round_to": 0}, "round_to is 0; expected at least 1"),
 ]
@@ -497,15 +564,16 @@ MISSING: list[tuple[list[Pass], dict[str, Any], type[Exception], str]] = [
 ]
 
 
+@pytest.mark.parametrize("of", ["parameters", "macs", "latency"])
 @pytest.mark.parametrize(("before", "state", "error", "message"), MISSING)
 def test_an_allocation_says_what_is_missing(
-    before: list[Pass], state: dict[str, Any], error: type[Exception], message: str
+    before: list[Pass], state: dict[str, Any], error: type[Exception], message: str, of: str
 ) -> None:
     graph = attach(own_graph(decoder()), State(**{"batches": IDS.split(3), **state}))
     for step in before:
         step(graph)
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        HarmAllocation(ratio=0.1, round_to=1)(graph)
+        HarmAllocation(ratio=0.1, round_to=1, of=of)(graph)
 
 
 def test_the_own_method_ends_in_a_checkpoint_like_any_other(tmp_path: Any) -> None:

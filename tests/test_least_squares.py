@@ -482,10 +482,21 @@ def test_the_prior_is_the_one_that_predicts_held_out_samples_best(seed: int) -> 
         close(mine, theirs)
 
 
+def test_every_other_sample_is_counted_over_all_micro_batches() -> None:
+    site = random_site(0, tokens=30, out=3)
+    samples = site.x.view(5, 6, -1)
+    whole = dataclasses.replace(site.evidence(), inputs=[samples])
+    for sizes in ([1] * 5, [2, 1, 2], [3, 2], [4, 1]):
+        parts = dataclasses.replace(whole, inputs=list(samples.split(sizes)))
+        for first in (0, 1):
+            close(torch.cat(list(parts.every(2, first).inputs)), samples[first::2])
+        assert recover.held_out_prior(parts, torch.arange(3)) == recover.held_out_prior(whole, torch.arange(3))
+
+
 def test_one_sample_cannot_be_held_out() -> None:
     site = random_site(0, tokens=24, out=3)
     evidence = dataclasses.replace(site.evidence(), inputs=[site.x[None]])
-    with pytest.raises(CalibrationError, match="a micro-batch of 1 samples cannot be split in 2"):
+    with pytest.raises(CalibrationError, match="1 calibration samples cannot be split in 2"):
         recover.held_out_prior(evidence, torch.arange(3))
 
 

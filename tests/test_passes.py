@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ from slimgraph.passes import (
 from slimgraph.passes import allocation as allocation_passes
 from slimgraph.pipeline import run_passes
 from slimgraph.plan import Cut, Plan, resolve
-from slimgraph.recipe import method
+from slimgraph.recipe import Recipe, method
 from slimgraph.rules import operator_name
 from slimgraph.state import State, attach, state_of
 from slimgraph.surgery import assign
@@ -184,6 +185,8 @@ def test_random_units_depend_on_seed_and_site_only() -> None:
     assert RandomImportance(seed=3).select(same, 6).tolist() == chosen
     assert RandomImportance(seed=3).select(other, 6).tolist() != chosen
     assert RandomImportance(seed=4).select(one, 6).tolist() != chosen
+    ahead, behind = (random_site(0, blocks=1, block_size=12).evidence(n) for n in ("layers.12", "layers.21"))
+    assert RandomImportance().select(ahead, 6).tolist() != RandomImportance().select(behind, 6).tolist()
 
 
 RECOVERIES = [
@@ -231,6 +234,60 @@ def test_biases_that_recovery_adds_are_in_the_budget() -> None:
         assert sum(p.numel() for p in pruned.parameters()) == budget.parameters_after
         added = {n for n, _ in pruned.named_parameters()} - {n for n, _ in graph.named_parameters()}
         assert len(added) == 4 * sign
+
+
+@pytest.mark.parametrize("cls", [UniformAllocation, CosineAllocation])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"unit_ratio": 20.0}, "unit_ratio is 20; expected a share, 0 <= unit_ratio < 1"),
+        ({"unit_ratio": -0.5}, "unit_ratio is -0.5; expected a share, 0 <= unit_ratio < 1"),
+        ({"unit_ratio": math.nan}, "unit_ratio is nan; expected a share, 0 <= unit_ratio < 1"),
+        ({"ratio": 1.0}, "ratio is 1; expected a share, 0 <= ratio < 1"),
+        ({"ratio": 0.1, "heads": "some"}, "heads is 'some'; expected one of auto, kv, balanced"),
+    ],
+)
+def test_an_allocation_refuses_what_is_no_share(cls: type[Pass], fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=f"{re.escape(message)}$"):
+        cls(**fields)
+
+
+def test_other_fields_that_cannot_be_meant() -> None:
+    with pytest.raises(RecipeError, match="alpha is inf"):
+        CosineAllocation(ratio=0.1, alpha=math.inf)
+    with pytest.raises(RecipeError, match="keep_lowest is 7"):
+        FeatureSpace(keep_lowest=7)
+    spared = UniformAllocation(ratio=0.1, spare_first=0.45, spare_last=0.45)
+    with pytest.raises(PlanError, match=r"come to 1 and 1 of 2 layers; .*: spare fewer$"):
+        spared(dense())
+
+
+def test_a_budget_is_carried_out_before_the_next() -> None:
+    heads, channels = (UniformAllocation(unit_ratio=0.5, round_to=1, kinds=kind) for kind in ("heads", "channels"))
+    message = "uniform_allocation: no sweep has carried out yet what uniform_allocation shared out"
+    with pytest.raises(PlanError, match=message):
+        run_passes(dense(), [Magnitude(), NoRecovery(), heads, channels, Sweep()])
+    graph = dense()
+    both = run_passes(graph, [Magnitude(), NoRecovery(), heads, Sweep(), channels, Sweep()])
+    assert {u.site.kind for u in state_of(both).units} == {"channels"}
+    assert len(state_of(both).plan.cuts) == 4
+
+
+def test_biases_are_known_before_units_are_shared_out() -> None:
+    with pytest.raises(PlanError, match=r"^bias_only: uniform_allocation .*: put bias_only before it"):
+        run_passes(dense(), [Magnitude(), UniformAllocation(ratio=0.1), BiasOnly(), Sweep()])
+
+
+def test_a_recipe_that_shares_out_and_does_not_sweep_is_refused() -> None:
+    recipe = Recipe((Magnitude(), NoRecovery(), UniformAllocation(ratio=0.1)))
+    with pytest.raises(PlanError, match=r"^uniform_allocation has shared out a budget, which nothing has carried out"):
+        slimgraph.prune(decoder().model, IDS, recipe=recipe)
+
+
+def test_an_endless_prior_is_kept_with_the_model() -> None:
+    recipe = Recipe((Magnitude(), LeastSquares(prior=math.inf), UniformAllocation(ratio=0.1, round_to=1), Sweep()))
+    kept = slimgraph.prune(decoder().model, IDS, recipe=recipe).manifest().recipe
+    assert Recipe.from_dict(json.loads(json.dumps(kept, allow_nan=False))) == recipe
 
 
 def weights_of(

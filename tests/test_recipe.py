@@ -115,9 +115,9 @@ def test_a_recipe_keeps_its_order(names: list[str]) -> None:
 
 def test_short_forms_are_read() -> None:
     recipe = Recipe.from_yaml(
-        "passes: [pearson, {feature_space: {}}, {regression: null}, {uniform_allocation: {ratio: 1}}]"
+        "passes: [pearson, {feature_space: {}}, {regression: null}, {uniform_allocation: {ratio: 0}}]"
     )
-    assert recipe.passes == (Pearson(), FeatureSpace(), Regression(), UniformAllocation(ratio=1.0))
+    assert recipe.passes == (Pearson(), FeatureSpace(), Regression(), UniformAllocation(ratio=0.0))
 
 
 def test_notes_of_a_checkpoint_are_no_part_of_the_recipe() -> None:
@@ -223,6 +223,8 @@ NO_RECIPES = [
     ("passes: !!python/object:os.system []", "the recipe is not YAML: "),
     ("passes: magnitude", NEITHER),
     ("passes: [{sweep: [1]}]", "pass 1 of the recipe, sweep: "),
+    ("passes: [{verify: false}]", "pass 1 of the recipe, verify: "),
+    ("passes: [sweep, {elimination: 0}]", "pass 2 of the recipe, elimination: "),
 ]
 
 

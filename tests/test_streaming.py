@@ -21,7 +21,7 @@ import slimgraph
 from slimgraph import distributed
 from slimgraph.errors import CheckpointError, ModelError
 from slimgraph.execute import Parking, run
-from slimgraph.pretrained import load_skeleton
+from slimgraph.pretrained import load_model, load_skeleton
 from slimgraph.recipe import Recipe, method
 from slimgraph.shards import NOTES, Shards, run_folder
 from slimgraph.standins import StandIns
@@ -238,7 +238,9 @@ def test_two_processes_decide_as_one(tmp_path: Path) -> None:
     program = tmp_path / "prune.py"
     program.write_text(
         "import json, sys, torch\n"
-        "from slimgraph import distributed\n"
+        "from pathlib import Path\n"
+        "from slimgraph import distributed, prune\n"
+        "from slimgraph.pretrained import load_model\n"
         "from slimgraph.recipe import method\n"
         "from slimgraph.streaming import prune_checkpoint\n"
         "source, out, ids = sys.argv[1:]\n"
@@ -246,6 +248,10 @@ def test_two_processes_decide_as_one(tmp_path: Path) -> None:
         "    prune_checkpoint(source, out, json.load(open(ids)), recipe=method('slimllm', 0.2, round_to=4),\n"
         "                     dtype=torch.float32, batch=2)\n"
         "    assert distributed.world() == 2\n"
+        "    for name in ('flap', 'taylor'):\n"
+        "        model = load_model(source, dtype=torch.float64)\n"
+        "        found = prune(model, json.load(open(ids)), 0.2, recipe=name, round_to=1).plan\n"
+        "        Path(f'{out}-{name}-{distributed.rank()}').write_text(found.to_json())\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -257,6 +263,9 @@ def test_two_processes_decide_as_one(tmp_path: Path) -> None:
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-6)
     assert slimgraph.load_manifest(two).plan == here.plan.to_dict()
+    for name in ("flap", "taylor"):
+        alone = slimgraph.prune(load_model(source, dtype=torch.float64), IDS, 0.2, recipe=name, round_to=1).plan
+        assert [Path(f"{two}-{name}-{rank}").read_text() for rank in (0, 1)] == [alone.to_json()] * 2
 
 
 def test_a_single_process_is_the_identity() -> None:
