@@ -53,11 +53,9 @@ LOCAL = LeastSquares("local")
 STREAM, CORRECTED = LeastSquares("stream"), LeastSquares("stream", correction=8192.0)
 
 
-def by_harm(recovery: Pass) -> Maker:
-    """SlimLLM with widths by harm and a recovery."""
-    return lambda ratio, *_: Recipe(
-        (Pearson(), FeatureSpace(), recovery, HarmAllocation(ratio=ratio), Sweep(), Verify())
-    )
+def by_harm(ratio: float, *_: Any) -> Recipe:
+    """SlimLLM with widths by harm."""
+    return Recipe((Pearson(), FeatureSpace(), Regression(), HarmAllocation(ratio=ratio), Sweep(), Verify()))
 
 
 def eliminated(swaps: int) -> Maker:
@@ -91,8 +89,7 @@ IDEAS: dict[str, Maker] = {
     "regression, dense target and stream": lambda *given: slimllm(*given, recovery=LeastSquares("stream", math.inf)),
     "full fit, local target, elimination": eliminated(0),
     "full fit, local target, elimination and 64 swaps": eliminated(64),
-    "widths by harm": by_harm(Regression()),
-    "widths by harm, full fit, local target": by_harm(LOCAL),
+    "widths by harm": by_harm,
     "32 written": written(32, Regression()),
     "32 written, full fit, local target": written(32, LOCAL),
     f"{OWN}, nothing written": own("self_calibration", lambda *_: None),
