@@ -17,6 +17,7 @@ from decoders import FeedForward, Toy, decoder, logits, make, tokens
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch.fx.passes.infra.pass_base import PassResult
 
 import slimgraph
 from slimgraph import checkpoint, harm, hf
@@ -341,8 +342,8 @@ def test_a_skipped_layer_is_seen_by_those_who_compare() -> None:
     hf.attach(both.model, both.manifest())
     assert {view.module for view in diff(dense, both.model).views} == {"model.layers.3.self_attn"}
     seen = bisect(dense, result.model, tokens(64), seq_len=16)
-    assert [each.path for each in seen.blocks] == [f"model.layers.{i}" for i in (0, 1, 3)]
-    assert max(each.error for each in seen.blocks) == pytest.approx(0, abs=1e-12)
+    assert [each.path for each in seen.layers] == [f"model.layers.{i}" for i in (0, 1, 3)]
+    assert max(each.error for each in seen.layers) == pytest.approx(0, abs=1e-12)
 
 
 def test_a_streamed_model_skips_nothing(tmp_path: Path) -> None:
@@ -547,12 +548,17 @@ def _amount(of: str, graph: fx.GraphModule) -> float:
 
 def test_layers_whose_heads_stay_are_not_skipped() -> None:
     model = idle("llama", "model.layers.3", "self_attn.o_proj.weight", "mlp.down_proj.weight")
-    graph = attach(trace(model), State(batches=[IDS]))
-    for step in (Magnitude(), NoRecovery()):
-        step(graph)
     spared = HarmAllocation(ratio=0.25, round_to=1, depth=True, spare_last_heads=0.25, dtype=None)
-    assert not spared(graph).modified
-    result = replace(spared, spare_last_heads=0.0)(graph)
+
+    def allocated(allocation: HarmAllocation) -> PassResult:
+        graph = attach(trace(model), State(batches=[IDS]))
+        for step in (Magnitude(), NoRecovery()):
+            step(graph)
+        return allocation(graph)
+
+    assert not allocated(spared).modified
+    assert not allocated(replace(spared, kinds="channels")).modified
+    result = allocated(replace(spared, spare_last_heads=0.0))
     assert result.modified
     assert result.graph_module.meta[KEY].plan.skipped == ("model.layers.3",)
     assert {u.site.layer for u in result.graph_module.meta[KEY].units} == {0, 1, 2}

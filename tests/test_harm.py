@@ -494,7 +494,7 @@ def test_the_last_heads_stay(share: float, whole: int) -> None:
     """All else is cut as far as it was tried, so that nothing but the field keeps heads."""
     graph = attach(own_graph(decoder(num_hidden_layers=4)), State(batches=IDS.split(3)))
     allocation = HarmAllocation(ratio=0.1, round_to=1, spare_last_heads=share)
-    for step in (Magnitude(), NoRecovery(), allocation):
+    for step in (Magnitude(), NoRecovery()):
         step(graph)
     with pytest.raises(PlanError) as refused:
         replace(allocation, ratio=0.99)(graph)
