@@ -241,6 +241,26 @@ def test_a_share_is_rounded_to_the_nearest_allowed_number(ratio: float, round_to
     assert keep_at(units, ratio + 0.1, round_to) <= keep
 
 
+@fast
+@given(
+    weights=st.lists(st.just(0.0) | st.floats(1e-3, 1e3), min_size=1, max_size=8),
+    share=st.floats(0, 1),
+)
+def test_shares_that_would_be_above_one_leave_the_mean_as_it_is(weights: list[float], share: float) -> None:
+    assume(any(weights))
+    mean_one = [w * len(weights) / sum(weights) for w in weights]
+    most = sum(w > 0 for w in mean_one) / len(mean_one)
+    goal = goal_for(weights=dict(enumerate(mean_one)))
+    found = sum(at_factor(goal, share).unit_ratios.values()) / len(mean_one)
+    assert found == pytest.approx(min(share, most), abs=1e-6)
+
+
+@pytest.mark.parametrize("tiny", [1e-30, 1e-200])
+def test_next_to_no_weight_is_none(tiny: float) -> None:
+    none, next_to_none = (goal_for(weights={0: 1.0, 1: 0.9, 2: each, 3: each}, round_to=1) for each in (0.0, tiny))
+    assert solve(next_to_none, 0.2).keep == solve(none, 0.2).keep
+
+
 def test_a_factor_is_the_share_of_units_that_goes() -> None:
     goal = goal_for(round_to=1, weights={0: 1.0, 1: 0.5, 2: 4.0})
     budget = at_factor(goal, 0.25)
