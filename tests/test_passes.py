@@ -284,6 +284,25 @@ def test_a_recipe_that_shares_out_and_does_not_sweep_is_refused() -> None:
         slimgraph.prune(decoder().model, IDS, recipe=recipe)
 
 
+@pytest.mark.parametrize(
+    ("ids", "batch", "message"),
+    [
+        (IDS.float(), None, "calibration tokens are torch.float32; expected integers, the ids of tokens"),
+        (IDS > 5, None, "calibration tokens are torch.bool; expected integers, the ids of tokens"),
+        (IDS, 0, "batch is 0; expected at least 1 sample at once"),
+        (IDS, -2, "batch is -2; expected at least 1 sample at once"),
+    ],
+)
+def test_tokens_are_integers_that_go_through_one_by_one_at_least(ids: Tensor, batch: int | None, message: str) -> None:
+    with pytest.raises(CalibrationError, match=f"^{re.escape(message)}$"):
+        slimgraph.prune(decoder().model, ids, 0.1, recipe="random", batch=batch)
+
+
+def test_narrow_integers_are_tokens_as_well() -> None:
+    one, other = (slimgraph.prune(decoder().model, i, 0.1, recipe="taylor", round_to=1) for i in (IDS, IDS.int()))
+    assert one.plan == other.plan
+
+
 def test_an_endless_prior_is_kept_with_the_model() -> None:
     recipe = Recipe((Magnitude(), LeastSquares(prior=math.inf), UniformAllocation(ratio=0.1, round_to=1), Sweep()))
     kept = slimgraph.prune(decoder().model, IDS, recipe=recipe).manifest().recipe
