@@ -123,8 +123,8 @@ CURVES: dict[str, Maker] = {name: curve_maker(samples) for name, (_, samples) in
 for whole, samples in ((BASELINE, 0), (OWN, SelfCalibration().samples)):
     CURVE[f"{whole}, 512 given"] = 512, samples
     CURVES[f"{whole}, 512 given"] = IDEAS[whole]
-MARKERS = ("<!-- accuracy: begin -->", "<!-- accuracy: end -->")
-CURVE_MARKERS = ("<!-- calibration: begin -->", "<!-- calibration: end -->")
+ALONE = tuple(name for name in IDEAS if not name.startswith((BASELINE, OWN)))
+CHANGED = (OWN, *(name for name in IDEAS if name.startswith(f"{OWN}, ")))
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
@@ -156,7 +156,7 @@ def curve_cell(model: str, share: float, name: str, seed: int) -> Cell:
 def write_curve(options: argparse.Namespace) -> None:
     tables = [curve_table(options, model) for model, _ in options.model]
     how = describe(options, "accuracy.py", " --curve", windows="as many windows as the rows say")
-    write_between_markers(options.out, "\n\n".join([how, *tables]), *CURVE_MARKERS)
+    write_part(options, "calibration", "\n\n".join([how, *tables]))
 
 
 def curve_table(options: argparse.Namespace, model: str) -> str:
@@ -177,21 +177,51 @@ def curve_table(options: argparse.Namespace, model: str) -> str:
 
 def write_table(options: argparse.Namespace) -> None:
     tables = [table(options, model) for model, _ in options.model]
-    write_between_markers(options.out, "\n\n".join([describe(options, "accuracy.py"), *tables]), *MARKERS)
+    write_part(options, "accuracy", "\n\n".join([describe(options, "accuracy.py"), *tables]))
+    write_part(options, "changed", gap_table(options, f"{OWN}, changed", CHANGED))
+    write_part(options, "alone", gap_table(options, f"{BASELINE} and", ALONE))
+
+
+def write_part(options: argparse.Namespace, part: str, text: str) -> None:
+    write_between_markers(options.out, text, f"<!-- {part}: begin -->", f"<!-- {part}: end -->")
+
+
+def gap_table(options: argparse.Namespace, title: str, names: Sequence[str]) -> str:
+    """Of each idea the gaps on all texts, all models and shares side by side."""
+    settings = [(model, share) for model, _ in options.model for share in options.shares]
+    columns = [title, *(f"{model}, {share:.0%}" for model, share in settings), "seeds"]
+    lines = [f"| {' | '.join(columns)} |", f"|---|{'--:|' * (len(columns) - 1)}"]
+    for name in names:
+        found = [gaps(options, *setting, name) for setting in settings]
+        counts = sorted({len(rows(options, *setting, name)) for setting in settings} - {0})
+        if any(found):
+            values = [" / ".join(f"{value:.2f}" for value in each) or "-" for each in found]
+            shown = "nothing" if name == OWN else name.removeprefix(f"{OWN}, ")
+            lines.append(f"| {' | '.join([shown, *values, ' or '.join(map(str, counts))])} |")
+    return "\n".join(lines)
 
 
 def table(options: argparse.Namespace, model: str) -> str:
     texts = [name for name, _ in options.text]
-    gaps = [f"{text}, gap" for text in texts]
-    columns = ["share", "method", *texts, *gaps, "tasks", "drop", "parameters", "seconds", "seeds"]
+    columns = ["share", "method", *texts, *(f"{t}, gap" for t in texts)]
+    columns += ["tasks", "drop", "parameters", "seconds", "seeds"]
     lines = [f"`{model}`", "", f"| {' | '.join(columns)} |", f"|--:|---|{'--:|' * (len(columns) - 2)}"]
-    dense = read(options.results / Cell(model, 0.0, DENSE, options.seeds[0]).file)
     for share in options.shares:
-        found = {name: rows(options, model, share, name) for name in IDEAS}
-        for name, seeds in found.items():
-            if seeds and found[BASELINE] and dense:
-                lines.append(line(share, name, seeds, found[BASELINE], dense, texts))
+        for name in IDEAS:
+            if found := gaps(options, model, share, name):
+                lines.append(line(options, model, share, name, found))
     return "\n".join(lines)
+
+
+def line(options: argparse.Namespace, model: str, share: float, name: str, found: Sequence[float]) -> str:
+    seeds = rows(options, model, share, name)
+    values = [perplexity_cell([s["perplexity"][t] for s in seeds]) for t, _ in options.text]
+    dense, baseline = dense_row(options, model), rows(options, model, share, BASELINE)[0]
+    ours, theirs = drop(seeds[0], dense), drop(baseline, dense)
+    relative = "-" if ours is None or not theirs else f"{ours / theirs:.2f}"
+    cost = [f"{seeds[0]['parameters']:,}", f"{seeds[0]['seconds']:.0f}", str(len(seeds))]
+    shown = [f"{share:.0%}", name, *values, *(f"{g:.2f}" for g in found), average_cell(seeds[0]), relative, *cost]
+    return f"| {' | '.join(shown)} |"
 
 
 def rows(options: argparse.Namespace, model: str, share: float, name: str) -> list[dict[str, Any]]:
@@ -199,30 +229,20 @@ def rows(options: argparse.Namespace, model: str, share: float, name: str) -> li
     return [row for row in read_ones if "perplexity" in row]
 
 
-def line(
-    share: float,
-    name: str,
-    seeds: Sequence[Mapping[str, Any]],
-    baseline: Sequence[Mapping[str, Any]],
-    dense: Mapping[str, Any],
-    texts: Sequence[str],
-) -> str:
-    values = [perplexity_cell([s["perplexity"][t] for s in seeds]) for t in texts]
-    gaps = [
-        f"{statistics.mean(gap(s, dense, t) for s in paired(seeds, baseline)) / mean_gap:.2f}"
-        for t in texts
-        if (mean_gap := statistics.mean(gap(b, dense, t) for b in paired(baseline, seeds)))
-    ]
-    drops = drop(seeds[0], dense), drop(baseline[0], dense)
-    relative = "-" if None in drops or not drops[1] else f"{(drops[0] or 0.0) / drops[1]:.2f}"
-    cost = [f"{seeds[0]['parameters']:,}", f"{seeds[0]['seconds']:.0f}", str(len(seeds))]
-    return f"| {' | '.join([f'{share:.0%}', name, *values, *gaps, average_cell(seeds[0]), relative, *cost])} |"
+def dense_row(options: argparse.Namespace, model: str) -> dict[str, Any]:
+    return read(options.results / Cell(model, 0.0, DENSE, options.seeds[0]).file)
 
 
-def paired(seeds: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Those with a seed that the others have too."""
-    known = {other["seed"] for other in others}
-    return [s for s in seeds if s["seed"] in known]
+def gaps(options: argparse.Namespace, model: str, share: float, name: str) -> list[float]:
+    """Mean gap on each text, as a share of SlimLLM's mean with the same seeds; none where there is no such seed."""
+    dense = dense_row(options, model)
+    ours = {row["seed"]: row for row in rows(options, model, share, name)}
+    theirs = {row["seed"]: row for row in rows(options, model, share, BASELINE)}
+    both = sorted(ours.keys() & theirs.keys())
+    if not both or not dense:
+        return []
+    means = [[statistics.mean(gap(of[s], dense, t) for s in both) for of in (ours, theirs)] for t, _ in options.text]
+    return [own / published if published else math.nan for own, published in means]
 
 
 def gap(row: Mapping[str, Any], dense: Mapping[str, Any], text: str) -> float:

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-KINDS = ("reproduction", "ablations", "accuracy", "calibration")
+KINDS = ("reproduction", "ablations", "accuracy", "changed", "alone", "calibration")
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,36 @@ def test_ideas_are_laid_beside_the_published_method(
     table = {row[1].strip(): [word.strip() for word in row[2:]] for row in rows[-2:]}
     assert table["SlimLLM"][1] == "1.00"
     assert float(table["Slimgraph"][1]) != 1.0
+
+
+def test_gaps_are_paired_by_seed(ideas: ModuleType, tmp_path: Path) -> None:
+    """An idea without the third seed is held against the published method's first two; one without any has no row."""
+    options = SimpleNamespace(
+        model=[("m", "m")], shares=[0.2, 0.5], seeds=[0, 1, 2], text=[("t", "t.txt")], results=tmp_path
+    )
+
+    def keep(share: float, name: str, seed: int, log_perplexity: float) -> None:
+        cell = ideas.cell("m", share, name, seed)
+        row = {"seed": seed, "perplexity": {"t": {"value": math.exp(log_perplexity)}}}
+        (tmp_path / cell.file).write_text(json.dumps(row))
+
+    (tmp_path / ideas.Cell("m", 0.0, "dense", 0).file).write_text('{"perplexity": {"t": {"value": 1.0}}}')
+    for seed, (published, own) in enumerate([(1.0, 0.25), (3.0, 0.75), (100.0, None)]):
+        keep(0.2, "SlimLLM", seed, published)
+        if own is not None:
+            keep(0.2, "Slimgraph", seed, own)
+    keep(0.2, "Slimgraph, 128 written", 2, 50.0)
+    keep(0.5, "Slimgraph, 64 written", 0, 1.0)  # nothing to hold it against
+    assert ideas.gap_table(options, "changed", ideas.CHANGED).splitlines() == [
+        "| changed | m, 20% | m, 50% | seeds |",
+        "|---|--:|--:|--:|",
+        "| nothing | 0.25 | - | 2 |",
+        "| 128 written | 0.50 | - | 1 |",
+    ]
+
+
+def test_an_idea_is_alone_or_a_change_of_the_whole(ideas: ModuleType) -> None:
+    assert sorted([*ideas.ALONE, *ideas.CHANGED, "SlimLLM"]) == sorted(ideas.IDEAS)
 
 
 def test_more_calibration_is_more_windows(
