@@ -123,6 +123,8 @@ CURVES: dict[str, Maker] = {name: curve_maker(samples) for name, (_, samples) in
 for whole, samples in ((BASELINE, 0), (OWN, SelfCalibration().samples)):
     CURVE[f"{whole}, 512 given"] = 512, samples
     CURVES[f"{whole}, 512 given"] = IDEAS[whole]
+CURVE[f"{OWN}, 512 given, 512 written"] = 512, 512
+CURVES[f"{OWN}, 512 given, 512 written"] = own("self_calibration", lambda p, *_: replace(p, samples=512))
 ALONE = tuple(name for name in IDEAS if not name.startswith((BASELINE, OWN)))
 CHANGED = (OWN, *(name for name in IDEAS if name.startswith(f"{OWN}, ")))
 
