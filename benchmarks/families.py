@@ -354,7 +354,7 @@ def markdown(rows: list[dict[str, Any]], command: str, seconds: float) -> str:
         "- *reload*: saved, loaded in a new process, same logits to 1e-9. "
         "*cache*: generation with and without cache agree; `-` where that of the dense model does not.",
         f"- *{METHOD}*: that of `slimgraph prune`, with {SAMPLES} given and {SAMPLES} written windows of 16 tokens, "
-        f"prunes it ({RATIO:.0%} of all parameters, as far as whole heads allow), and module and graph agree; `-` where "
+        f"prunes it ({RATIO:.0%} of all parameters, as far as whole heads allow), module and graph agree; `-` where "
         "no site is cut of its own accord.",
         "",
         "| family | trace s | analyse s | " + " | ".join(columns) + " | operators refused |",
