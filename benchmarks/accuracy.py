@@ -20,10 +20,11 @@ from cells import (
     DENSE,
     Cell,
     Maker,
+    average,
     average_cell,
-    counted,
     describe,
     drive,
+    has_tasks,
     parser,
     perplexity_cell,
     read,
@@ -46,7 +47,6 @@ from slimgraph.passes import (
     Verify,
 )
 from slimgraph.recipe import Recipe, method
-from slimgraph.tasks import PAPER_METRICS
 
 BASELINE, OWN = "SlimLLM", "Slimgraph"
 LOCAL = LeastSquares("local")
@@ -143,12 +143,18 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
         for names in (whole, parts):
             for model, _ in options.model:
                 for share in options.shares:
-                    yield from (cell(model, share, name, seed) for name in names)
+                    scored = names is whole and seed in task_seeds(options)
+                    yield from (replace(cell(model, share, name, seed), scored=scored) for name in names)
+
+
+def task_seeds(options: argparse.Namespace) -> list[int]:
+    """With which the whole methods do the tasks."""
+    return options.task_seeds or options.seeds[:1]
 
 
 def cell(model: str, share: float, name: str, seed: int) -> Cell:
-    """SlimLLM's is the one of the reproduction; tasks are for the whole methods only."""
-    return Cell(model, share, name, seed) if name == BASELINE else Cell(model, share, name, seed, "idea", name in WHOLE)
+    """SlimLLM's is the one of the reproduction."""
+    return Cell(model, share, name, seed, "" if name == BASELINE else "idea")
 
 
 def curve_cell(model: str, share: float, name: str, seed: int) -> Cell:
@@ -179,7 +185,10 @@ def curve_table(options: argparse.Namespace, model: str) -> str:
 
 def write_table(options: argparse.Namespace) -> None:
     tables = [table(options, model) for model, _ in options.model]
-    write_part(options, "accuracy", "\n\n".join([describe(options, "accuracy.py"), *tables]))
+    of = task_seeds(options)
+    more = f" --task-seeds {' '.join(map(str, of))}" if options.task_seeds else ""
+    how = describe(options, "accuracy.py", more, scored="the first seed" if len(of) == 1 else f"{len(of)} seeds")
+    write_part(options, "accuracy", "\n\n".join([how, *tables]))
     write_part(options, "changed", gap_table(options, f"{OWN}, changed", CHANGED))
     write_part(options, "alone", gap_table(options, f"{BASELINE} and", ALONE))
 
@@ -218,11 +227,9 @@ def table(options: argparse.Namespace, model: str) -> str:
 def line(options: argparse.Namespace, model: str, share: float, name: str, found: Sequence[float]) -> str:
     seeds = rows(options, model, share, name)
     values = [perplexity_cell([s["perplexity"][t] for s in seeds]) for t, _ in options.text]
-    dense, baseline = dense_row(options, model), rows(options, model, share, BASELINE)[0]
-    ours, theirs = drop(seeds[0], dense), drop(baseline, dense)
-    relative = "-" if ours is None or not theirs else f"{ours / theirs:.2f}"
+    tasks = average_cell(seeds), drop(seeds, rows(options, model, share, BASELINE), dense_row(options, model))
     cost = [f"{seeds[0]['parameters']:,}", f"{seeds[0]['seconds']:.0f}", str(len(seeds))]
-    shown = [f"{share:.0%}", name, *values, *(f"{g:.2f}" for g in found), average_cell(seeds[0]), relative, *cost]
+    shown = [f"{share:.0%}", name, *values, *(f"{value:.2f}" for value in found), *tasks, *cost]
     return f"| {' | '.join(shown)} |"
 
 
@@ -252,20 +259,20 @@ def gap(row: Mapping[str, Any], dense: Mapping[str, Any], text: str) -> float:
     return math.log(row["perplexity"][text]["value"] / dense["perplexity"][text]["value"])
 
 
-def drop(row: Mapping[str, Any], dense: Mapping[str, Any]) -> float | None:
-    """Of the average over all tasks, in percentage points."""
-    averages = []
-    for each in (dense, row):
-        scores = [counted(t)[0] for t in each.get("tasks", {}).values()]
-        if len(scores) < len(PAPER_METRICS):
-            return None
-        averages.append(statistics.mean(scores))
-    return averages[0] - averages[1]
+def drop(seeds: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> str:
+    """Of the average over all tasks, as a share of the mean drop of the published method with the same seeds."""
+    ours, theirs = ({row["seed"]: average(row) for row in of if has_tasks(row)} for of in (seeds, baseline))
+    both = ours.keys() & theirs.keys()
+    if not both or not has_tasks(dense):
+        return "-"
+    own, published = (average(dense) - statistics.mean(of[seed] for seed in both) for of in (ours, theirs))
+    return f"{own / published:.2f}" if published else "-"
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--ideas", nargs="+", choices=[*IDEAS, *CURVE], help="only these")
+    options.add_argument("--task-seeds", nargs="+", type=int, help="with which the whole methods do tasks; the first")
     options.add_argument("--curve", action="store_true", help="the number of calibration tokens instead of the ideas")
     given = options.parse_args()
     makers, write = (CURVES, write_curve) if given.curve else (IDEAS, write_table)

@@ -111,7 +111,7 @@ class Work:
             after = sum(p.numel() for p in model.parameters())
             self.keep(parameters=after, removed=1 - after / total, seconds=seconds, peak_bytes=peak)
             self.keep(perplexity=self._perplexities(model))
-        if self.cell.scored and self.cell.seed == self.options.seeds[0] and self.options.task_folder:
+        if self.cell.scored and self.options.task_folder:
             self._tasks(model)
         self.keep(finished=True)
 
@@ -193,7 +193,7 @@ def peak_memory(device: str) -> int:
 def work_out(cells: Iterable[Cell], options: argparse.Namespace, script: str, then: Callable[[], None]) -> None:
     """Have the script itself work out every cell that is not there yet, each in a process of its own."""
     for cell in cells:
-        if read(options.results / cell.file).get("finished"):
+        if is_finished(cell, options):
             continue
         begun = time.perf_counter()
         again = [sys.executable, script, *sys.argv[1:], "--cell", json.dumps(asdict(cell))]
@@ -201,6 +201,18 @@ def work_out(cells: Iterable[Cell], options: argparse.Namespace, script: str, th
         state = "done" if done.returncode == 0 else f"failed ({done.returncode})"
         print(f"{cell.file}: {state}, {time.perf_counter() - begun:.0f} s", flush=True)
         then()
+
+
+def is_finished(cell: Cell, options: argparse.Namespace) -> bool:
+    """Whether nothing is left to do: a cell that was done without tasks lacks them once it is to have them."""
+    found = read(options.results / cell.file)
+    lacks_tasks = cell.scored and options.task_folder and not has_tasks(found)
+    return bool(found.get("finished")) and not lacks_tasks
+
+
+def has_tasks(cell: Mapping[str, Any]) -> bool:
+    """Whether all of the paper's tasks were measured."""
+    return len(cell.get("tasks", {})) == len(PAPER_METRICS)
 
 
 def drive(
@@ -255,16 +267,39 @@ def task_cell(cell: Mapping[str, Any], task: str) -> str:
     return "-" if found is None else f"{counted(found)[0]:.1f}"
 
 
-def average_cell(cell: Mapping[str, Any]) -> str:
-    found = [counted(t) for t in cell.get("tasks", {}).values()]
-    if len(found) < len(PAPER_METRICS):
+def average(cell: Mapping[str, Any]) -> float:
+    """Mean of all tasks, in percent."""
+    return statistics.mean(counted(t)[0] for t in cell["tasks"].values())
+
+
+def average_cell(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Over the seeds with tasks; ± is their standard deviation, and that of the examples for a single one."""
+    scored = [cell for cell in cells if has_tasks(cell)]
+    if not scored:
         return "-"
-    error = math.sqrt(sum(e * e for _, e in found)) / len(found)
-    return f"{sum(v for v, _ in found) / len(found):.2f} ± {error:.2f}"
+    errors = [counted(t)[1] for t in scored[0]["tasks"].values()]
+    averages = [average(cell) for cell in scored]
+    spread = statistics.stdev(averages) if len(scored) > 1 else math.hypot(*errors) / len(errors)
+    return f"{statistics.mean(averages):.2f} ± {spread:.2f}"
 
 
-def describe(options: argparse.Namespace, script: str, more_options: str = "", *, windows: str | None = None) -> str:
-    """How the cells of a table were measured, and with which command; `windows` says where their number differs."""
+def describe(
+    options: argparse.Namespace,
+    script: str,
+    more_options: str = "",
+    *,
+    windows: str | None = None,
+    scored: str = "the first seed",
+) -> str:
+    """How the cells of a table were measured, and with which command.
+
+    Args:
+        options: of the script.
+        script: its file name.
+        more_options: those that only this script has.
+        windows: what to say where their number differs.
+        scored: of which seeds tasks are.
+    """
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("slimgraph", "torch", "transformers", "lm-eval")
     )
@@ -287,7 +322,7 @@ def describe(options: argparse.Namespace, script: str, more_options: str = "", *
         f"{options.seq_len}; ± is the "
         "standard deviation over the calibration seeds, and for a single run the standard error over windows. Tasks by "
         f"lm-eval, zero-shot, {'all examples' if options.limit is None else f'the first {options.limit} examples'}, in "
-        f"percent ({', '.join(f'{t}: {m}' for t, m in PAPER_METRICS.items())}), with the first seed, the model in "
+        f"percent ({', '.join(f'{t}: {m}' for t, m in PAPER_METRICS.items())}), with {scored}, the model in "
         f"{options.task_dtype}. Everything else is float32. Seconds and peak "
         f"memory of pruning, and of fine-tuning where there is some.\nMade by `{command}` with {versions}, Python "
         f"{platform.python_version()}, on {os.cpu_count()} CPU cores that other work shared: the seconds are rough."

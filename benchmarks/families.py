@@ -44,7 +44,7 @@ AFTER = ("module", "reload", "cache")
 METHOD = "default method"
 HOLDS = ("exact", "same", "pruned", "-")
 EXACT = 1e-9
-RATIO, SAMPLES = 0.04, 8  # of all parameters, and windows that are given and written
+RATIO, SAMPLES = 0.04, 4  # of all parameters, and windows that are given and written
 
 
 def check_family(name: str, folder: str) -> dict[str, Any]:

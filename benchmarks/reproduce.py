@@ -75,7 +75,8 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
                 yield Cell(model, 0.0, DENSE, seed)
             for share in options.shares:
                 chosen = [name for name in METHODS if not options.methods or name in options.methods]
-                yield from (Cell(model, share, name, seed) for name in chosen if name != TUNED or options.records)
+                made = [name for name in chosen if name != TUNED or options.records]
+                yield from (Cell(model, share, name, seed, scored=seed == options.seeds[0]) for name in made)
 
 
 def write_tables(options: argparse.Namespace) -> None:
@@ -101,7 +102,7 @@ def table(options: argparse.Namespace, model: str) -> str:
     for (share, name), seeds in sorted(rows.items(), key=lambda row: (row[0][0], order.index(row[0][1]))):
         first = seeds[0]
         scores = [task_cell(first, task) for task in PAPER_METRICS] if tasks else []
-        mean = [average_cell(first)] if average else []
+        mean = [average_cell([first])] if average else []
         numbers = [perplexity_cell([s["perplexity"][t] for s in seeds]) for t in texts]
         cost = [f"{first['seconds']:.0f}", f"{first['peak_bytes'] / 1e9:.2f}", str(len(seeds))]
         shown = [f"{share:.0%}", f"{first['removed']:.1%}", name, *numbers, *scores, *mean, *cost]

@@ -15,6 +15,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from slimgraph.tasks import PAPER_METRICS
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -165,15 +167,41 @@ def test_more_calibration_is_more_windows(
     assert len({row[2] for row in found}) == 3
 
 
-def test_a_gap_is_of_logarithms(ideas: ModuleType) -> None:
-    def row(value: float, right: float) -> dict[str, Any]:
-        tasks = {t: {"metrics": {"acc": right}, "counted": "acc", "errors": {}} for t in ideas.PAPER_METRICS}
-        return {"seed": 0, "perplexity": {"t": {"value": value}}, "tasks": tasks}
+def test_gaps_are_of_logarithms_and_drops_of_averages(ideas: ModuleType) -> None:
+    def row(value: float, right: float, seed: int = 0) -> dict[str, Any]:
+        tasks = {t: {"metrics": {"acc": right}, "counted": "acc", "errors": {}} for t in PAPER_METRICS}
+        return {"seed": seed, "perplexity": {"t": {"value": value}}, "tasks": tasks}
 
     dense, pruned = row(math.e, 0.5), row(math.e**3, 0.4)
     assert ideas.gap(pruned, dense, "t") == pytest.approx(2.0)
-    assert ideas.drop(pruned, dense) == pytest.approx(10.0)
-    assert ideas.drop({**pruned, "tasks": {}}, dense) is None
+    published = [row(1.0, 0.3), row(1.0, 0.1, seed=1), row(1.0, 0.0, seed=2)]
+    assert ideas.drop([pruned], published, dense) == "0.50"
+    assert ideas.drop([pruned, row(1.0, 0.2, seed=1)], published, dense) == "0.67"  # 20 points of 30
+    assert ideas.drop([{**pruned, "tasks": {}}], published, dense) == "-"
+
+
+def test_tasks_can_be_done_with_more_seeds(
+    script: ModuleType, ideas: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[str], tmp_path: Path
+) -> None:
+    """Whole methods only, and a cell that was finished without them does them then."""
+    import cells
+
+    worked: list[tuple[str, int]] = []
+
+    def tasks(self: Any, model: Any) -> None:
+        worked.append((self.cell.method, self.cell.seed))
+        self.keep(tasks={t: {"metrics": {"acc": 0.5}, "counted": "acc", "errors": {}} for t in PAPER_METRICS})
+
+    monkeypatch.setattr(cells.Work, "_tasks", tasks)
+    few = [*arguments, "--shares", "0.2", "--seeds", "0", "1", "--ideas", "SlimLLM", "full fit, local target"]
+    assert len(start(ideas, monkeypatch, few)) == 5
+    assert worked == []
+    few += ["--task-folder", str(tmp_path)]
+    assert start(ideas, monkeypatch, few) == ["dense", "SlimLLM"]
+    assert worked == [("dense", 0), ("SlimLLM", 0)]
+    assert start(ideas, monkeypatch, [*few, "--task-seeds", "0", "1"]) == ["SlimLLM"]
+    assert worked[2:] == [("SlimLLM", 1)]
+    assert "with 2 seeds" in (tmp_path / "results.md").read_text()
 
 
 def test_every_idea_is_a_recipe(ideas: ModuleType) -> None:
