@@ -79,6 +79,13 @@ def own(name: str, change: Callable[..., Pass | None]) -> Maker:
     return make
 
 
+def in_two_rounds(ratio: float, *_: Any) -> Recipe:
+    """Slimgraph that takes half of what is to go, and from what is left the rest."""
+    *first, sweep, verify = method("slimgraph", ratio / 2).passes
+    *_, again, _, _ = method("slimgraph", (ratio / 2) / (1 - ratio / 2)).passes
+    return Recipe((*first, sweep, again, sweep, verify))
+
+
 IDEAS: dict[str, Maker] = {
     BASELINE: lambda *given: slimllm(*given),
     "full fit, local target": lambda *given: slimllm(*given, recovery=LOCAL),
@@ -103,6 +110,7 @@ IDEAS: dict[str, Maker] = {
     f"{OWN}, harm's power 1.5": own("harm_allocation", lambda p, *_: replace(p, power=1.5)),
     f"{OWN}, single harms": own("harm_allocation", lambda p, *_: replace(p, together=False)),
     f"{OWN}, last heads cut": own("harm_allocation", lambda p, *_: replace(p, spare_last_heads=0.0)),
+    f"{OWN}, in two rounds": in_two_rounds,
     f"{OWN}, whole layers too": own("harm_allocation", lambda p, *_: replace(p, depth=True)),
     f"{OWN}, sweep in float32": own("sweep", lambda *_: Sweep()),
     OWN: lambda ratio, *_: method("slimgraph", ratio),

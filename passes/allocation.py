@@ -27,7 +27,7 @@ class _Allocation(Pass):
     """Turns a ratio into numbers of units.
 
     Attributes:
-        ratio: share of all parameters of the model that goes, added biases counted.
+        ratio: share of all parameters that goes, added biases counted: of the model as it is when the pass runs.
         unit_ratio: instead of `ratio`, the share of units that goes, averaged over the cut layers (the method's own
             ratio).
         heads: "kv", "balanced" or "auto": what is removed under grouped-query attention; see

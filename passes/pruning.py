@@ -61,8 +61,9 @@ class Sweep(Pass):
             with state.watch("scores"):
                 importance = state.importance[evidence.kind]
                 kept = importance.select(evidence, budget.keep[units.site.name])
-                if state.scores is not None and hasattr(importance, "scores"):
-                    state.scores[units.site.name] = importance.scores(evidence).cpu()
+                scores = state.scores
+                if scores is not None and units.site.name not in scores and hasattr(importance, "scores"):
+                    scores[units.site.name] = importance.scores(evidence).cpu()
             with state.watch("solves"):
                 channels = evidence.kept_channels(kept)
                 return Decision(kept, channels, Refit(*fit(evidence, channels)))
@@ -132,7 +133,7 @@ def _cut(
         raise PlanError(f"a streamed model cannot skip layers; found {plan.skipped[0]} in the plan: prune in memory")
     with state.watch("surgery"), torch.no_grad():
         pruned = prune_graph(resolve(structure, plan), refits, stand_in=state.sink.stand_in if state.sink else None)
-    state.plan = state.plan.merged(plan)
+    state.plan = state.plan.then(plan)
     state.refits.update(refits)
     pruned.meta.update({**graph_module.meta, KEY: state})
     return pruned

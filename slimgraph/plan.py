@@ -73,6 +73,52 @@ class Plan:
         mine = {name: cut for name, cut in self.cuts.items() if not _lies_in(name, other.skipped)}
         return Plan({**mine, **other.cuts}, tuple(dict.fromkeys([*self.skipped, *other.skipped])))
 
+    def then(self, later: Plan) -> Plan:
+        """What this plan, and then one for the model that it leaves, come to in units of the model before both.
+
+        >>> first = Plan({"out.weight[1]": Cut(units=6, keep=((0, 2, 3, 5),))})
+        >>> first.then(Plan({"out.weight[1]": Cut(units=4, keep=((1, 3),))})).cuts["out.weight[1]"].keep
+        ((2, 5),)
+
+        Raises:
+            PlanError: the later one was made for another number of units of a group that this one cuts, or chooses them
+                within another group.
+        """
+        mine = {name: cut for name, cut in self.cuts.items() if not _lies_in(name, later.skipped)}
+        both = {name: self._cut_again(name, cut) for name, cut in later.cuts.items()}
+        return Plan({**mine, **both}, tuple(dict.fromkeys([*self.skipped, *later.skipped])))
+
+    def _cut_again(self, name: str, later: Cut) -> Cut:
+        """A cut of the model that this plan leaves, in units of the model before."""
+        earlier = self.cuts.get(name, Cut(later.units, (tuple(range(later.units)),)))
+        if later.units != earlier.kept:
+            raise PlanError(
+                f"group {name!r} has {earlier.kept} units left of {earlier.units}; the later plan was made for "
+                f"{later.units}"
+            )
+        within = earlier.within if later.within is None else later.within
+        if earlier.within not in (None, within):
+            raise PlanError(
+                f"group {name!r} was cut within {earlier.within!r}, and now within {within!r}; expected the same "
+                "group, or none"
+            )
+        rows = max(len(earlier.keep), len(later.keep))
+        there: Sequence[int] = range(rows)  # units of `within` that the rows of the later cut are for
+        if within is not None and (outer := self.cuts.get(within)):
+            if outer.within is not None:
+                raise PlanError(
+                    f"group {name!r} cannot be cut within {within!r}, of which other units stay for each unit of "
+                    f"{outer.within!r}"
+                )
+            rows, there = outer.units, outer.keep[0]
+        place = {} if later.within is None else {unit: i for i, unit in enumerate(there)}
+
+        def kept(row: int) -> tuple[int, ...]:
+            before = earlier.keep[0 if earlier.within is None else row]
+            return tuple(before[unit] for unit in later.keep[place.get(row, 0)])  # only the length of a lost row counts
+
+        return Cut(earlier.units, tuple(map(kept, range(rows))), within)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form: what is kept of each group, and None for each layer that is skipped."""
         cuts = {

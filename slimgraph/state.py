@@ -91,7 +91,8 @@ class State:
         pending: recipe name of the pass that allocated it, until a sweep has carried it out; None else.
         plan, refits: what the sweep decided.
         similarity: cosine similarity of input and output per layer, when it was measured.
-        scores: site -> (units,) float64, what scores lowest goes first; None when they are not to be kept.
+        scores: site -> (units,) float64, what scores lowest goes first, when the site is first cut; None when they are
+            not to be kept.
         watch: seconds by stage.
         progress: shows what is going on.
         weights: fetches parameters by name; the graph module's own when None.

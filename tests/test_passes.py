@@ -273,6 +273,24 @@ def test_a_budget_is_carried_out_before_the_next() -> None:
     assert len(state_of(both).plan.cuts) == 4
 
 
+def test_a_recipe_can_go_in_rounds() -> None:
+    """The second is of what the first leaves; plan, module and masked equivalence are of the dense model."""
+    model, share = decoder().model, UniformAllocation(ratio=0.1, round_to=1)
+    fitted = (Pearson(), FeatureSpace(), LeastSquares())
+    once = slimgraph.prune(model, IDS, recipe=Recipe((*fitted, share, Sweep())))
+    result = slimgraph.prune(
+        model, IDS, recipe=Recipe((*fitted, share, Sweep(), share, Sweep())), verify=True, keep_scores=True
+    )
+    assert result.module_failure is None
+    assert result.parameters_after < once.parameters_after < result.parameters_before
+    assert result.plan.cuts[DOWN].units == 20
+    assert result.plan.cuts[DOWN].kept == result.graph.get_parameter(DOWN.removesuffix("[1]")).shape[1]
+    for name, cut in once.plan.cuts.items():
+        for before, after in zip(cut.keep, result.plan.cuts[name].keep, strict=True):
+            assert set(after) <= set(before)
+    assert {len(scores) for scores in (result.scores or {}).values()} == {20}  # of all units, those of channels
+
+
 def test_biases_are_known_before_units_are_shared_out() -> None:
     with pytest.raises(PlanError, match=r"^bias_only: uniform_allocation .*: put bias_only before it"):
         run_passes(dense(), [Magnitude(), UniformAllocation(ratio=0.1), BiasOnly(), Sweep()])
@@ -432,13 +450,15 @@ def test_a_plan_is_applied_as_it_is() -> None:
     assert state_of(pruned).refits == {}
 
 
-def test_plans_can_follow_each_other_but_cut_a_group_once() -> None:
+def test_plans_can_follow_each_other() -> None:
     other = "model.layers.1.mlp.down_proj.weight[1]"
     one, two = Plan({DOWN: Cut(20, ((0, 4, 9),))}), Plan({other: Cut(20, ((5, 6),))})
     pruned = run_passes(dense(), [ApplyPlan(one.to_dict()), ApplyPlan(two.to_dict())])
     assert state_of(pruned).plan == one.merged(two)
-    with pytest.raises(PlanError, match="is cut by both plans"):
-        ApplyPlan({DOWN: {"units": 3, "keep": [[0]], "within": None}})(pruned)
+    twice = ApplyPlan({DOWN: {"units": 3, "keep": [[0, 2]], "within": None}})(pruned).graph_module
+    assert state_of(twice).plan == Plan({DOWN: Cut(20, ((0, 9),)), **two.cuts})
+    with pytest.raises(PlanError, match="has 2 units left of 20; the later plan was made for 3"):
+        ApplyPlan({DOWN: {"units": 3, "keep": [[0]], "within": None}})(twice)
 
 
 def test_what_is_no_plan_is_refused() -> None:

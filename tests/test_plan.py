@@ -18,6 +18,7 @@ from slimgraph.errors import PlanError
 from slimgraph.evidence import Evidence
 from slimgraph.groups import Structure, infer
 from slimgraph.plan import Cut, Plan, resolve
+from slimgraph.surgery import prune_graph
 from slimgraph.trace import tensor_at
 from slimgraph.units import HEAD_MODES, origin_units, parameter_count, units_of
 
@@ -42,9 +43,10 @@ every_family = pytest.mark.parametrize(("family", "changes"), FAMILIES)
 def cuts(draw: st.DrawFn) -> Cut:
     units = draw(st.integers(1, 9))
     kept = draw(st.integers(1, units))
-    rows = draw(st.integers(1, 3))
+    within = draw(st.none() | st.text(max_size=5))
+    rows = 1 if within is None else draw(st.integers(1, 3))
     keep = tuple(tuple(sorted(draw(st.permutations(range(units)))[:kept])) for _ in range(rows))
-    return Cut(units, keep, draw(st.none() | st.text(max_size=5)))
+    return Cut(units, keep, within)
 
 
 groups_cut = st.dictionaries(st.text(max_size=8), cuts(), max_size=4)
@@ -75,6 +77,76 @@ def test_a_group_is_cut_once() -> None:
     plan = Plan({"a": Cut(3, ((0,),))})
     with pytest.raises(PlanError, match=r"^group 'a' is cut by both plans; a group can be cut once$"):
         plan.merged(Plan({"b": Cut(3, ((1,),)), "a": Cut(3, ((1,),))}))
+
+
+def _thinned(structure: Structure, seed: int) -> Plan:
+    """Two or more units of everything, or of each kv group other ones."""
+    dice = random.Random(seed)
+    if seed % 2:
+        return random_plan(structure, seed, least=2)
+    cuts = {}
+    for outer, inner in (s.groups for s in structure.sites if len(s.groups) == 2):
+        rows, units = structure.groups[outer].units, structure.groups[inner].units
+        kept = dice.randint(2, units)
+        cuts[inner] = Cut(units, tuple(tuple(sorted(dice.sample(range(units), kept))) for _ in range(rows)), outer)
+        if dice.random() < 0.5:
+            cuts[outer] = Cut(rows, (tuple(sorted(dice.sample(range(rows), 2))),))
+    return Plan(cuts)
+
+
+MANY_HEADS = {"num_attention_heads": 12, "num_key_value_heads": 3}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [("llama", MANY_HEADS), ("phi3", MANY_HEADS), ("gpt2", {}), ("gpt_neox", {})]
+)
+def test_one_plan_and_then_another_is_both_at_once(family: str, changes: dict[str, Any]) -> None:
+    dense = decoder(family, **changes).structure
+    for seed in range(8):
+        first = _thinned(dense, seed // 2)
+        between = infer(prune_graph(resolve(dense, first)))
+        second = _thinned(between, seed)
+        expected = dict(prune_graph(resolve(between, second)).named_parameters())
+        found = dict(prune_graph(resolve(dense, first.then(second))).named_parameters())
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(plan=plans)
+def test_nothing_and_then_a_plan_is_that_plan(plan: Plan) -> None:
+    assert Plan().then(plan) == plan
+
+
+def test_a_layer_that_a_later_plan_skips_is_not_cut() -> None:
+    plan = Plan({"layers.1.a": Cut(3, ((0,),)), "layers.2.a": Cut(3, ((0,),))}, ("layers.0",))
+    later = Plan({}, ("layers.1",))
+    assert plan.then(later) == Plan({"layers.2.a": Cut(3, ((0,),))}, ("layers.0", "layers.1"))
+
+
+NOT_AFTERWARDS = [
+    (
+        {"a": Cut(3, ((0, 2),))},
+        {"a": Cut(3, ((0,),))},
+        "group 'a' has 2 units left of 3; the later plan was made for 3",
+    ),
+    (
+        {"a": Cut(3, ((0, 1), (1, 2)), "b")},
+        {"a": Cut(2, ((0,), (1,)), "c")},
+        "group 'a' was cut within 'b', and now within 'c'; expected the same group, or none",
+    ),
+    (
+        {"a": Cut(3, ((0, 1), (1, 2)), "b")},
+        {"c": Cut(2, ((0,), (1,)), "a")},
+        "group 'c' cannot be cut within 'a', of which other units stay for each unit of 'b'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "message"), NOT_AFTERWARDS)
+def test_a_plan_for_another_model_does_not_follow(first: dict[str, Cut], second: dict[str, Cut], message: str) -> None:
+    with pytest.raises(PlanError, match=f"^{re.escape(message)}$"):
+        Plan(first).then(Plan(second))
 
 
 NO_PLANS = [
