@@ -21,6 +21,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 import slimgraph.passes
 from slimgraph import recover, score
+from slimgraph.debug.report import layers_of
 from slimgraph.errors import CalibrationError, GraphError, NumericsError, PlanError, RecipeError
 from slimgraph.groups import infer
 from slimgraph.masked import masked_logits
@@ -285,6 +286,10 @@ def test_a_recipe_can_go_in_rounds() -> None:
     assert result.parameters_after < once.parameters_after < result.parameters_before
     assert result.plan.cuts[DOWN].units == 20
     assert result.plan.cuts[DOWN].kept == result.graph.get_parameter(DOWN.removesuffix("[1]")).shape[1]
+    first = layers_of(result)[0]
+    assert first.heads is not None
+    assert first.channels == (20, result.plan.cuts[DOWN].kept)
+    assert first.unit_ratio == pytest.approx(1 - (first.heads[1] / first.heads[0] + first.channels[1] / 20) / 2)
     for name, cut in once.plan.cuts.items():
         for before, after in zip(cut.keep, result.plan.cuts[name].keep, strict=True):
             assert set(after) <= set(before)

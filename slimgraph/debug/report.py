@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from slimgraph.pipeline import Result
 
@@ -18,7 +19,7 @@ class LayerReport:
     Attributes:
         layer: its index.
         heads, kv_groups, channels: (before, after); None where the layer has none that were looked at.
-        unit_ratio: share of the units that was asked for there, or None.
+        unit_ratio: share of the units that was asked for there, or that went in several rounds; or None.
         similarity: cosine similarity of its input and output on the dense model, or None.
     """
 
@@ -35,25 +36,36 @@ def layers_of(result: Result) -> list[LayerReport]:
     found = []
     for layer in range(len(result.structure.layers)):
         counts: dict[str, tuple[int, int]] = {}
+        shares = []
         for site in result.structure.prunable_sites():
             if site.layer != layer:
                 continue
             before, after = _units(result, layer, site.groups)
             counts[site.kind] = _sum(counts.get(site.kind), before, after)
+            shares.append(1 - after / before)
             if len(site.groups) > 1:
                 counts["kv"] = _sum(counts.get("kv"), *_units(result, layer, site.groups[:1]))
-        ratios = result.budget.unit_ratios if result.budget else {}
         found.append(
             LayerReport(
                 layer,
                 counts.get("heads"),
                 counts.get("kv"),
                 counts.get("channels"),
-                ratios.get(layer, 0.0 if ratios else None),
+                _unit_ratio(result, layer, shares),
                 result.similarity[layer] if result.similarity else None,
             )
         )
     return found
+
+
+def _unit_ratio(result: Result, layer: int, shares: Sequence[float]) -> float | None:
+    """What was asked for of a layer; after several rounds, of which the last budget knows its own only, what went."""
+    budget = result.budget
+    if budget is None or not budget.unit_ratios:
+        return None
+    asked = budget.unit_ratios.get(layer, 0.0)
+    several = budget.parameters_before < result.parameters_before
+    return fmean(shares) if several and shares and asked < 1 else asked
 
 
 def report(result: Result, *, inner: Mapping[str, str] | None = None) -> str:
