@@ -135,17 +135,17 @@ def test_gaps_are_paired_by_seed(ideas: ModuleType, tmp_path: Path) -> None:
         (tmp_path / cell.file).write_text(json.dumps(row))
 
     (tmp_path / ideas.Cell("m", 0.0, "dense", 0).file).write_text('{"perplexity": {"t": {"value": 1.0}}}')
-    for seed, (published, own) in enumerate([(1.0, 0.25), (3.0, 0.75), (100.0, None)]):
+    for seed, (published, own) in enumerate([(1.0, 0.25), (3.0, 1.75), (100.0, None)]):
         keep(0.2, "SlimLLM", seed, published)
         if own is not None:
             keep(0.2, "Slimgraph", seed, own)
-    keep(0.2, "Slimgraph, 128 written", 2, 50.0)
+    keep(0.2, "Slimgraph, 128 written", 2, 30.0)
     keep(0.5, "Slimgraph, 64 written", 0, 1.0)  # nothing to hold it against
     assert ideas.gap_table(options, "changed", ideas.CHANGED).splitlines() == [
         "| changed | m, 20% | m, 50% | seeds |",
         "|---|--:|--:|--:|",
-        "| nothing | 0.25 | - | 2 |",
-        "| 128 written | 0.50 | - | 1 |",
+        "| nothing | 0.50 | - | 2 |",
+        "| 128 written | 0.30 | - | 1 |",
     ]
 
 
