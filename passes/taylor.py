@@ -18,11 +18,12 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from slimgraph import score
-from slimgraph.errors import CalibrationError, ModelError, RecipeError
+from slimgraph.errors import CalibrationError, ModelError, PlanError, RecipeError
 from slimgraph.evidence import Evidence
 from slimgraph.groups import Site, Structure
 from slimgraph.passes.base import register
 from slimgraph.passes.importance import _Importance
+from slimgraph.plan import Cut
 from slimgraph.state import State, structure_of
 from slimgraph.trace import is_static, tensor_at
 from slimgraph.units import origin_units
@@ -38,7 +39,8 @@ _Slices = Mapping[tuple[str, int], Tensor]
 class Taylor(_Importance):
     """Heads and channels by |w · ∂L/∂w|, summed over their rows and columns (LLM-Pruner, element-wise first order).
 
-    The gradients are those of the dense model; later decisions do not change them.
+    The gradients are those of the model before the sweep, whose decisions do not change them; each round of a recipe
+    needs its own.
 
     Attributes:
         batch: samples per backward pass. The score does not depend on it, the memory does.
@@ -58,7 +60,7 @@ class Taylor(_Importance):
         with state.watch("gradients"):
             slices = _slices(graph_module, structure.prunable_sites(), state, self.batch)
         for kind in self.kinds():
-            state.importance[kind] = _ByGradients(structure, state, slices)
+            state.importance[kind] = _ByGradients(structure, state, slices, state.plan.cuts)
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,22 @@ class _ByGradients:
     structure: Structure
     state: State
     slices: _Slices
+    cuts: Mapping[str, Cut]
 
     def select(self, evidence: Evidence, keep: int) -> Tensor:
         return score.select_top(self.scores(evidence), evidence.blocks.cpu(), keep).to(evidence.blocks.device)
 
     def scores(self, evidence: Evidence) -> Tensor:
-        """(units,) float64, on the CPU."""
+        """(units,) float64, on the CPU.
+
+        Raises:
+            PlanError: the model was cut since its gradients were taken.
+        """
+        if self.state.plan.cuts != self.cuts:
+            raise PlanError(
+                "the gradients of taylor are of a model that was cut since; expected those of the model as it is: put "
+                "taylor before this allocation again"
+            )
         units = next(u for u in self.state.units if u.site.name == evidence.name)
         site = units.site
         parts = [(units.members, self.slices[site.parameter, site.in_dim])]
