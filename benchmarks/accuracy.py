@@ -207,17 +207,26 @@ def write_part(options: argparse.Namespace, part: str, text: str) -> None:
 
 def gap_table(options: argparse.Namespace, title: str, names: Sequence[str]) -> str:
     """Of each idea the gaps on all texts, all models and shares side by side."""
-    settings = [(model, share) for model, _ in options.model for share in options.shares]
-    columns = [title, *(f"{model}, {share:.0%}" for model, share in settings), "seeds"]
+    columns = [title, *(f"{model}, {share:.0%}" for model, share in settings(options)), "seeds"]
     lines = [f"| {' | '.join(columns)} |", f"|---|{'--:|' * (len(columns) - 1)}"]
     for name in names:
-        found = [gaps(options, *setting, name) for setting in settings]
-        counts = sorted({len(rows(options, *setting, name)) for setting in settings} - {0})
-        if any(found):
-            values = [" / ".join(f"{value:.2f}" for value in each) or "-" for each in found]
-            shown = "nothing" if name == OWN else name.removeprefix(f"{OWN}, ")
-            lines.append(f"| {' | '.join([shown, *values, ' or '.join(map(str, counts))])} |")
+        lines += gap_line(options, name, "nothing" if name == OWN else name.removeprefix(f"{OWN}, "))
+        if name == OWN and len(options.seeds) > 1:  # for rows that have no other seed
+            first = argparse.Namespace(**{**vars(options), "seeds": options.seeds[:1]})
+            lines += gap_line(first, name, "nothing, first seed")
     return "\n".join(lines)
+
+
+def gap_line(options: argparse.Namespace, name: str, shown: str) -> list[str]:
+    """None where nothing was measured."""
+    found = [gaps(options, *setting, name) for setting in settings(options)]
+    counts = sorted({len(rows(options, *setting, name)) for setting in settings(options)} - {0})
+    values = [" / ".join(f"{value:.2f}" for value in each) or "-" for each in found]
+    return [f"| {' | '.join([shown, *values, ' or '.join(map(str, counts))])} |"] if any(found) else []
+
+
+def settings(options: argparse.Namespace) -> list[tuple[str, float]]:
+    return [(model, share) for model, _ in options.model for share in options.shares]
 
 
 def table(options: argparse.Namespace, model: str) -> str:

@@ -145,6 +145,7 @@ def test_gaps_are_paired_by_seed(ideas: ModuleType, tmp_path: Path) -> None:
         "| changed | m, 20% | m, 50% | seeds |",
         "|---|--:|--:|--:|",
         "| nothing | 0.50 | - | 2 |",
+        "| nothing, first seed | 0.25 | - | 1 |",
         "| 128 written | 0.30 | - | 1 |",
     ]
 
