@@ -195,7 +195,8 @@ def write_table(options: argparse.Namespace) -> None:
     tables = [table(options, model) for model, _ in options.model]
     of = task_seeds(options)
     more = f" --task-seeds {' '.join(map(str, of))}" if options.task_seeds else ""
-    how = describe(options, "accuracy.py", more, scored="the first seed" if len(of) == 1 else f"{len(of)} seeds")
+    seeds = "the first seed" if len(of) == 1 else f"seeds {', '.join(map(str, of))} as far as measured"
+    how = describe(options, "accuracy.py", more, scored=seeds)
     write_part(options, "accuracy", "\n\n".join([how, *tables]))
     write_part(options, "changed", gap_table(options, f"{OWN}, changed", CHANGED))
     write_part(options, "alone", gap_table(options, f"{BASELINE} and", ALONE))

@@ -273,14 +273,12 @@ def average(cell: Mapping[str, Any]) -> float:
 
 
 def average_cell(cells: Sequence[Mapping[str, Any]]) -> str:
-    """Over the seeds with tasks; ± is their standard deviation, and that of the examples for a single one."""
+    """Over the seeds with tasks; ± is the standard error over examples, which are the same for all seeds."""
     scored = [cell for cell in cells if has_tasks(cell)]
     if not scored:
         return "-"
-    errors = [counted(t)[1] for t in scored[0]["tasks"].values()]
-    averages = [average(cell) for cell in scored]
-    spread = statistics.stdev(averages) if len(scored) > 1 else math.hypot(*errors) / len(errors)
-    return f"{statistics.mean(averages):.2f} ± {spread:.2f}"
+    errors = [math.hypot(*(counted(t)[1] for t in cell["tasks"].values())) / len(cell["tasks"]) for cell in scored]
+    return f"{statistics.mean(map(average, scored)):.2f} ± {statistics.mean(errors):.2f}"
 
 
 def describe(
