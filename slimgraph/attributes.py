@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimgraph.trace import uncached
+
 __all__ = ["get_attribute", "integers_of", "integers_read", "set_attribute"]
 
 
@@ -90,7 +92,7 @@ def integers_read(model: nn.Module, ids: Tensor) -> dict[str, dict[str, int]]:
             vars(module)["config"] = own
         _watch(module, log, "")
     with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError, IndexError):
-        watched(input_ids=ids)
+        uncached(watched, ids)
     return {path: log for path, log in read.items() if log}
 
 

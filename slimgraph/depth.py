@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from slimgraph.errors import ModelError, PlanError
 from slimgraph.structure import Structure
-from slimgraph.trace import evaluating, module_path, tensor_at
+from slimgraph.trace import evaluating, module_path, tensor_at, uncached
 
 __all__ = ["SkippedLayer", "outputs_of", "skip_layers", "skippable", "without_layers"]
 
@@ -119,7 +119,7 @@ def outputs_of(model: nn.Module, layers: Sequence[str], ids: Tensor) -> dict[str
     hooks = [model.get_submodule(path).register_forward_hook(watch(path)) for path in layers]
     try:
         with evaluating(model), torch.no_grad():
-            model(input_ids=ids, **({"use_cache": False} if hasattr(model, "config") else {}))
+            uncached(model, ids)
     finally:
         for hook in hooks:
             hook.remove()

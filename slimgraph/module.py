@@ -30,7 +30,7 @@ from slimgraph.layer_config import layer_widths
 from slimgraph.manifest import Manifest
 from slimgraph.plan import Plan, Resolved
 from slimgraph.surgery import Refit, assign
-from slimgraph.trace import canonical_names, module_path, tensor_at
+from slimgraph.trace import canonical_names, module_path, tensor_at, uncached
 
 __all__ = ["PrunedModule", "agreement", "prune_module", "tolerance"]
 
@@ -119,8 +119,7 @@ def agreement(module: nn.Module, graph_module: fx.GraphModule, ids: Tensor) -> f
     """Largest difference between the logits of a module and a graph, divided by the largest logit of the graph."""
     with torch.no_grad():
         expected = graph_module(ids)
-        options = {"use_cache": False} if hasattr(module, "config") else {}
-        found = module(input_ids=ids, **options)
+        found = uncached(module, ids)
         logits = found if isinstance(found, Tensor) else found.logits
     if logits.shape != expected.shape:
         return math.inf

@@ -23,7 +23,17 @@ from torch.fx.node import map_aggregate
 
 from slimgraph.errors import GraphError, ModelError
 
-__all__ = ["call", "canonical_names", "evaluating", "is_static", "module_path", "retarget", "tensor_at", "trace"]
+__all__ = [
+    "call",
+    "canonical_names",
+    "evaluating",
+    "is_static",
+    "module_path",
+    "retarget",
+    "tensor_at",
+    "trace",
+    "uncached",
+]
 
 _LOG = logging.getLogger(__name__)
 
@@ -111,6 +121,13 @@ def tensor_at(module: nn.Module, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise GraphError(f"{name} is a {type(value).__name__}, expected a parameter or buffer")
     return value
+
+
+def uncached(model: nn.Module, ids: Tensor) -> Any:
+    """What a model makes of (batch, tokens) int64, without a cache where it would keep one: as it is traced."""
+    accepted = inspect.signature(model.forward).parameters
+    more = any(p.kind is p.VAR_KEYWORD for p in accepted.values()) and hasattr(model, "config")
+    return model(input_ids=ids, **({"use_cache": False} if more or "use_cache" in accepted else {}))
 
 
 def call(node: fx.Node, look: Callable[[fx.Node], Any]) -> Any:

@@ -43,3 +43,17 @@ def test_only_what_the_forward_pass_reads_is_reported_and_the_model_stays_as_it_
     assert read == {"heads": 3, "config.width": 6, "shape.0": 4, "shape.1": 5}
     assert type(block) is Block
     assert type(block.config) is Settings
+
+
+class Keeping(Block):
+    """Keeps a cache unless told otherwise, and cannot."""
+
+    def forward(self, input_ids, use_cache=True):
+        if use_cache:
+            raise ValueError("no layer keeps a cache")
+        return super().forward(input_ids)
+
+
+def test_the_forward_pass_is_the_one_that_is_traced_without_a_cache():
+    ids = torch.ones(1, 2, dtype=torch.long)
+    assert integers_read(Keeping(Settings(6)), ids) == integers_read(Block(Settings(6)), ids)
