@@ -182,7 +182,7 @@ SLOW: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {},
 }
 
-QUICK = ("llama", "gpt_neox", "phi3", "gpt2", "qwen2_moe")
+QUICK = ("llama", "gpt_neox", "phi3", "gpt2", "qwen2_moe", "jamba")
 
 
 def build(name: str, attention: str = "sdpa") -> torch.nn.Module:

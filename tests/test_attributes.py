@@ -1,5 +1,6 @@
 """Attributes by dotted name, and those that a forward pass reads."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -54,6 +55,14 @@ class Keeping(Block):
         return super().forward(input_ids)
 
 
-def test_the_forward_pass_is_the_one_that_is_traced_without_a_cache():
+class Passing(Keeping):
+    """Hands on what it does not know itself."""
+
+    def forward(self, input_ids, **options):
+        return super().forward(input_ids, **options)
+
+
+@pytest.mark.parametrize("cls", [Keeping, Passing])
+def test_the_forward_pass_is_the_one_that_is_traced_without_a_cache(cls):
     ids = torch.ones(1, 2, dtype=torch.long)
-    assert integers_read(Keeping(Settings(6)), ids) == integers_read(Block(Settings(6)), ids)
+    assert integers_read(cls(Settings(6)), ids) == integers_read(Block(Settings(6)), ids)

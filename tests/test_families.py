@@ -21,7 +21,7 @@ def families():
     sys.path.remove(str(BENCHMARKS))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "phi3", "gpt2", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "phi3", "gpt2", "qwen2_moe", "jamba"])
 def test_every_applicable_claim_holds(families, name, tmp_path):
     row = families.check_family(name, str(tmp_path))
     assert families.is_exact(row), families._one_line(row)
