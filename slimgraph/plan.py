@@ -70,8 +70,7 @@ class Plan:
         twice = self.cuts.keys() & other.cuts.keys()
         if twice:
             raise PlanError(f"group {min(twice)!r} is cut by both plans; a group can be cut once")
-        mine = {name: cut for name, cut in self.cuts.items() if not _lies_in(name, other.skipped)}
-        return Plan({**mine, **other.cuts}, tuple(dict.fromkeys([*self.skipped, *other.skipped])))
+        return self._with(other.cuts, other.skipped)
 
     def then(self, later: Plan) -> Plan:
         """What this plan, and then one for the model that it leaves, come to in units of the model before both.
@@ -84,9 +83,11 @@ class Plan:
             PlanError: the later one was made for another number of units of a group that this one cuts, or chooses them
                 within another group.
         """
-        mine = {name: cut for name, cut in self.cuts.items() if not _lies_in(name, later.skipped)}
-        both = {name: self._cut_again(name, cut) for name, cut in later.cuts.items()}
-        return Plan({**mine, **both}, tuple(dict.fromkeys([*self.skipped, *later.skipped])))
+        return self._with({name: self._cut_again(name, cut) for name, cut in later.cuts.items()}, later.skipped)
+
+    def _with(self, cuts: Mapping[str, Cut], skipped: Sequence[str]) -> Plan:
+        mine = {name: cut for name, cut in self.cuts.items() if not _lies_in(name, skipped)}
+        return Plan({**mine, **cuts}, tuple(dict.fromkeys([*self.skipped, *skipped])))
 
     def _cut_again(self, name: str, later: Cut) -> Cut:
         """A cut of the model that this plan leaves, in units of the model before."""

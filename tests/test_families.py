@@ -26,6 +26,7 @@ def test_every_applicable_claim_holds(families, name, tmp_path):
     row = families.check_family(name, str(tmp_path))
     assert families.is_exact(row), families._one_line(row)
     assert row["refusals"] == []
+    assert row[families.METHOD] == "pruned"
 
 
 def test_a_cell_that_does_not_hold_is_not_exact(families):
