@@ -194,11 +194,12 @@ def test_tasks_can_be_done_with_more_seeds(
         self.keep(tasks={t: {"metrics": {"acc": 0.5}, "counted": "acc", "errors": {}} for t in PAPER_METRICS})
 
     monkeypatch.setattr(cells.Work, "_tasks", tasks)
-    few = [*arguments, "--shares", "0.2", "--seeds", "0", "1", "--ideas", "SlimLLM", "full fit, local target"]
-    assert len(start(ideas, monkeypatch, few)) == 5
+    few = [*arguments, "--shares", "0.2", "--seeds", "0", "1", "--ideas", "SlimLLM"]
+    assert len(start(ideas, monkeypatch, few)) == 3
     assert worked == []
-    few += ["--task-folder", str(tmp_path)]
-    assert start(ideas, monkeypatch, few) == ["dense", "SlimLLM"]
+    few += ["full fit, local target", "--task-folder", str(tmp_path)]
+    part = few[-3]
+    assert start(ideas, monkeypatch, few) == ["dense", "SlimLLM", part, part]
     assert worked == [("dense", 0), ("SlimLLM", 0)]
     assert start(ideas, monkeypatch, [*few, "--task-seeds", "0", "1"]) == ["SlimLLM"]
     assert worked[2:] == [("SlimLLM", 1)]
