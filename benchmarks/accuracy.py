@@ -116,6 +116,8 @@ IDEAS: dict[str, Maker] = {
     OWN: lambda ratio, *_: method("slimgraph", ratio),
 }
 WHOLE = (BASELINE, OWN)
+PRODUCTS = f", but for the products that {OWN}'s recipe takes in bfloat16 where the processor is faster by it"
+COST = "Seconds of pruning."
 CURVE: dict[str, tuple[int, int]] = {
     f"{given} given" + (f", {own} written" if own else ""): (given, own)
     for given, own in [(32, 0), (64, 0), (128, 0), (512, 0), (2048, 0), (32, 32), (32, 96), (128, 128)]
@@ -171,7 +173,8 @@ def curve_cell(model: str, share: float, name: str, seed: int) -> Cell:
 
 def write_curve(options: argparse.Namespace) -> None:
     tables = [curve_table(options, model) for model, _ in options.model]
-    how = describe(options, "accuracy.py", " --curve", windows="as many windows as the rows say")
+    windows = "as many windows as the rows say"
+    how = describe(options, "accuracy.py", " --curve", windows=windows, scored=None, products=PRODUCTS, cost=COST)
     write_part(options, "calibration", "\n\n".join([how, *tables]))
 
 
@@ -196,7 +199,7 @@ def write_table(options: argparse.Namespace) -> None:
     of = task_seeds(options)
     more = f" --task-seeds {' '.join(map(str, of))}" if options.task_seeds else ""
     seeds = "the first seed" if len(of) == 1 else f"seeds {', '.join(map(str, of))} as far as measured"
-    how = describe(options, "accuracy.py", more, scored=seeds)
+    how = describe(options, "accuracy.py", more, scored=seeds, products=PRODUCTS, cost=COST)
     write_part(options, "accuracy", "\n\n".join([how, *tables]))
     write_part(options, "changed", gap_table(options, f"{OWN}, changed", CHANGED))
     write_part(options, "alone", gap_table(options, f"{BASELINE} and", ALONE))

@@ -287,7 +287,9 @@ def describe(
     more_options: str = "",
     *,
     windows: str | None = None,
-    scored: str = "the first seed",
+    scored: str | None = "the first seed",
+    products: str = "",
+    cost: str = "Seconds and peak memory of pruning, and of fine-tuning where there is some.",
 ) -> str:
     """How the cells of a table were measured, and with which command.
 
@@ -296,35 +298,48 @@ def describe(
         script: its file name.
         more_options: those that only this script has.
         windows: what to say where their number differs.
-        scored: of which seeds tasks are.
+        scored: of which seeds tasks are; None where the table has none.
+        products: what to say of products that are not float32.
+        cost: what the columns of seconds and bytes are of.
     """
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("slimgraph", "torch", "transformers", "lm-eval")
-    )
-    models = " ".join(f"--model {name}={Path(path).name}" for name, path in options.model)
-    texts = " ".join(f"--text {name}={Path(path).name}" for name, path in options.text)
-    tokens = "" if options.tokens is None else f" --tokens {options.tokens}"
-    limit = "" if options.limit is None else f" --limit {options.limit} --task-dtype {options.task_dtype}"
-    folder = "" if options.task_folder is None else f" --task-folder {options.task_folder.name}"
-    records = "" if options.records is None else f" --records {options.records.name}"
-    more = f"{folder}{records}" + ("" if options.most_records is None else f" --most-records {options.most_records}")
-    command = (
-        f"python benchmarks/{script} {models} --calibration {options.calibration.name} {texts}"
-        f"{more}{tokens}{limit} "
-        f"--seeds {' '.join(map(str, options.seeds))} --of {options.of}{more_options}"
-    )
     share = "the decoder layers' parameters" if options.of == "layers" else "all parameters"
+    spread = "the standard error over windows"
+    if len(options.seeds) > 1 and windows is None:
+        spread = f"the standard deviation over the calibration seeds, and for a single run {spread}"
     return (
         f"Shares are of {share}. Calibration: {windows or f'{options.samples} windows'} of {options.seq_len} tokens "
         f"of `{options.calibration.name}`{'' if windows else ', the same for all methods'}. Perplexity in windows of "
-        f"{options.seq_len}; ± is the "
-        "standard deviation over the calibration seeds, and for a single run the standard error over windows. Tasks by "
-        f"lm-eval, zero-shot, {'all examples' if options.limit is None else f'the first {options.limit} examples'}, in "
-        f"percent ({', '.join(f'{t}: {m}' for t, m in PAPER_METRICS.items())}), with {scored}, the model in "
-        f"{options.task_dtype}. Everything else is float32. Seconds and peak "
-        f"memory of pruning, and of fine-tuning where there is some.\nMade by `{command}` with {versions}, Python "
+        f"{options.seq_len}; ± is {spread}. {'' if scored is None else _tasks_caption(options, scored)}"
+        f"Weights and whatever is not said otherwise are float32{products}. {cost}\n"
+        f"Made by `{_command(options, script, more_options)}` with {_versions()}, Python "
         f"{platform.python_version()}, on {os.cpu_count()} CPU cores that other work shared: the seconds are rough."
     )
+
+
+def _tasks_caption(options: argparse.Namespace, scored: str) -> str:
+    examples = "all examples" if options.limit is None else f"the first {options.limit} examples"
+    metrics = ", ".join(f"{task}: {metric}" for task, metric in PAPER_METRICS.items())
+    return f"Tasks by lm-eval, zero-shot, {examples}, in percent ({metrics}), with {scored}, in {options.task_dtype}. "
+
+
+def _command(options: argparse.Namespace, script: str, more_options: str) -> str:
+    """What was called, with the names of folders and files in place of where they lie."""
+    words = [f"--model {name}={Path(path).name}" for name, path in options.model]
+    words.append(f"--calibration {options.calibration.name}")
+    words += [f"--text {name}={Path(path).name}" for name, path in options.text]
+    words += [f"--task-folder {options.task_folder.name}"] if options.task_folder else []
+    words += [f"--records {options.records.name}"] if options.records else []
+    words += [f"--most-records {options.most_records}"] if options.most_records is not None else []
+    words += [f"--tokens {options.tokens}"] if options.tokens is not None else []
+    words += [f"--limit {options.limit} --task-dtype {options.task_dtype}"] if options.limit is not None else []
+    words += [f"--seeds {' '.join(map(str, options.seeds))}", f"--of {options.of}"]
+    words.append(f"--results {options.results.name}{more_options}")
+    return f"python benchmarks/{script} {' '.join(words)}"
+
+
+def _versions() -> str:
+    names = ("slimgraph", "torch", "transformers", "lm-eval")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 # ---- options ----

@@ -59,6 +59,12 @@ ABLATIONS: dict[str, Maker] = {
     "alpha 20": lambda *given: slimllm(*given, alpha=20.0),
     "all layers": lambda *given: slimllm(*given, cut=1.0),
 }
+PAPER = {  # perplexities of LLaMA-7B in SlimLLM's Table 1
+    (0.2, "wikitext2"): {"LLM-Pruner (Taylor)": 19.09, "SlimLLM": 15.95, TUNED: 15.55},
+    (0.2, "ptb"): {"LLM-Pruner (Taylor)": 34.21, "SlimLLM": 26.09, TUNED: 26.66},
+    (0.5, "wikitext2"): {"LLM-Pruner (Taylor)": 112.44, "SlimLLM": 37.89, TUNED: 26.71},
+    (0.5, "ptb"): {"LLM-Pruner (Taylor)": 255.38, "SlimLLM": 67.68, TUNED: 42.19},
+}
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
@@ -81,7 +87,10 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
 
 def write_tables(options: argparse.Namespace) -> None:
     kind = "ablations" if options.ablations else "reproduction"
-    how = describe(options, "reproduce.py", " --ablations" if options.ablations else "")
+    how = describe(options, "reproduce.py")
+    if options.ablations:
+        cost = "Seconds and peak memory of pruning."
+        how = describe(options, "reproduce.py", " --ablations", scored=None, cost=cost)
     text = "\n\n".join([how, *(table(options, model) for model, _ in options.model)])
     markers = (f"<!-- {kind}: begin -->", f"<!-- {kind}: end -->")
     write_between_markers(options.out, text, *markers)
@@ -112,9 +121,8 @@ def table(options: argparse.Namespace, model: str) -> str:
 
 
 def ranking(rows: dict[tuple[float, str], list[dict[str, Any]]], texts: Sequence[str]) -> list[str]:
-    """Order by perplexity, and where it is not the paper's: LLM-Pruner, then SlimLLM, then SlimLLM with LoRA."""
+    """Order by perplexity, and beside it the order of those methods that the paper lists, too."""
     lines = []
-    expected = ["LLM-Pruner (Taylor)", "SlimLLM", TUNED]
     for share in sorted({s for s, _ in rows if s}):
         for text in texts:
             means = {
@@ -122,16 +130,19 @@ def ranking(rows: dict[tuple[float, str], list[dict[str, Any]]], texts: Sequence
                 for (at, name), seeds in rows.items()
                 if at == share
             }
-            if len(means) < 2:
-                continue
-            best_first = sorted(means, key=means.__getitem__)
-            measured = [name for name in reversed(best_first) if name in expected]
-            wanted = [name for name in expected if name in means]
-            verdict = (
-                "" if len(wanted) < 2 else f"; {'as in the paper' if measured == wanted else 'NOT as in the paper'}"
-            )
-            lines.append(f"- {share:.0%}, {text}, best first: {', '.join(best_first)}{verdict}")
+            if len(means) > 1:
+                order = " < ".join(sorted(means, key=means.__getitem__))
+                lines.append(f"- {share:.0%}, {text}: {order}{beside_the_paper(means, PAPER.get((share, text), {}))}")
     return lines
+
+
+def beside_the_paper(means: dict[str, float], paper: dict[str, float]) -> str:
+    """What the paper's order is, and whether it is the one of `means`; nothing where it lists fewer than two."""
+    theirs = sorted(means.keys() & paper.keys(), key=paper.__getitem__)
+    if len(theirs) < 2:
+        return ""
+    ours = sorted(theirs, key=means.__getitem__)
+    return f"; in the paper, {'as here' if ours == theirs else 'NOT as here'}: {' < '.join(theirs)}"
 
 
 def parse() -> argparse.Namespace:

@@ -25,19 +25,19 @@ class Elimination(_Importance):
     Attributes:
         prior: how strongly the fit is held at the dense weights, in tokens; infinity ranks by what is lost without a
             fit.
-        rounds: in how many rounds units of one channel go; units of several go one at a time.
+        steps: in how many steps units of one channel go; units of several go one at a time.
         swaps: how many of those that are gone are tried in place of others afterwards.
     """
 
     prior: float = 4096.0
-    rounds: int = 16
+    steps: int = 16
     swaps: int = 0
 
     def __post_init__(self) -> None:
         if not self.prior >= 0:
             raise RecipeError(f"{self.name}: prior is {self.prior}; expected a number of tokens, at least 0")
-        if self.rounds < 1:
-            raise RecipeError(f"{self.name}: rounds is {self.rounds}; expected at least 1")
+        if self.steps < 1:
+            raise RecipeError(f"{self.name}: steps is {self.steps}; expected at least 1")
         if self.swaps < 0:
             raise RecipeError(f"{self.name}: swaps is {self.swaps}; expected at least 0")
 
@@ -45,4 +45,4 @@ class Elimination(_Importance):
         return removal_costs(evidence, self.prior)
 
     def select(self, evidence: Evidence, keep: int) -> Tensor:
-        return eliminate(evidence, keep, prior=self.prior, rounds=self.rounds, swaps=self.swaps)
+        return eliminate(evidence, keep, prior=self.prior, steps=self.steps, swaps=self.swaps)

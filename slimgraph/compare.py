@@ -24,7 +24,7 @@ from slimgraph.progress import SILENT, Progress
 from slimgraph.tables import Column, bytes_of, count_of, to_markdown, to_text
 from slimgraph.text import read_tokens, start_tokens
 
-__all__ = ["Comparison", "Contender", "Entry", "Measures", "TaskRunner", "compare", "sweep"]
+__all__ = ["Comparison", "Contender", "Entry", "Measures", "TaskRunner", "compare", "pruned_at"]
 
 TaskRunner = Callable[[nn.Module, Any], Mapping[str, float]]
 """From a model and its tokenizer to a score per task in percent, in the order to show them; higher is better."""
@@ -176,7 +176,7 @@ def compare(
     return Comparison(tuple(entries), tuple(_notes(wanted, ids, speeds)))
 
 
-def sweep(
+def pruned_at(
     name: str,
     model: nn.Module,
     ratios: Sequence[float],

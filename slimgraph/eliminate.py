@@ -165,17 +165,17 @@ def removal_costs(evidence: Evidence, prior: float = 4096.0) -> Tensor:
     return values.new_zeros(len(evidence.blocks)).index_add_(0, units[units >= 0], values[units >= 0])
 
 
-def eliminate(evidence: Evidence, keep: int, *, prior: float = 4096.0, rounds: int = 16, swaps: int = 0) -> Tensor:
+def eliminate(evidence: Evidence, keep: int, *, prior: float = 4096.0, steps: int = 16, swaps: int = 0) -> Tensor:
     """Units that stay when what costs least goes, and what the next ones cost is worked out again after that.
 
-    Units of several channels go one at a time. Units of one channel go in rounds, equally many in each: all rounds
+    Units of several channels go one at a time. Units of one channel go in steps, equally many in each: all steps
     together then cost about one inverse of H, whatever their number.
 
     Args:
         evidence: of the site.
         keep: number of units to keep in each block.
-        prior: as for `removal_costs`; where nothing is fitted again, costs do not change from round to round.
-        rounds: number of rounds, at least 1.
+        prior: as for `removal_costs`; where nothing is fitted again, costs do not change from step to step.
+        steps: number of steps, at least 1.
         swaps: how many units that are gone are tried in place of others afterwards, see `swap`.
 
     Returns:
@@ -195,9 +195,9 @@ def eliminate(evidence: Evidence, keep: int, *, prior: float = 4096.0, rounds: i
     while surplus.any():
         ranked = left.costs().argsort(stable=True)
         if left.single:
-            counts = (-(-surplus // rounds)).tolist()
+            counts = (-(-surplus // steps)).tolist()
             gone = torch.cat([ranked[blocks[ranked] == b][:n] for b, n in enumerate(counts)])
-            rounds = max(1, rounds - 1)
+            steps = max(1, steps - 1)
         else:
             gone = ranked[surplus[blocks[ranked]] > 0][:1]
         left.remove(gone)

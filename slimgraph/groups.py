@@ -24,7 +24,17 @@ __all__ = ["Group", "Occurrence", "Origin", "Site", "Structure", "infer", "plain
 
 
 def infer(graph_module: fx.GraphModule) -> Structure:
-    """Find groups, sites and layers of a traced graph; see `slimgraph.analysis.analyse` for errors."""
+    """Find groups, sites and layers.
+
+    Args:
+        graph_module: as made by `slimgraph.trace.trace`; not changed.
+
+    Returns:
+        Everything inferred. What is not understood is in it as a frozen group with a reason, or a refusal.
+
+    Raises:
+        GraphError: a rule contradicts the shapes in the graph.
+    """
     return _Builder(analyse(graph_module)).build()
 
 
@@ -104,10 +114,10 @@ class _Builder:
         """Numbered modules that work on the residual stream, in graph order; without a stream, all numbered ones."""
         layers: dict[str, int] = {}
         for node in self.analysis.graph_module.graph.nodes:
-            block = _block(module_path(node))
+            path = _numbered(module_path(node))
             near = (node, *node.all_input_nodes)
-            if block is not None and (not residual or any(self._along(n) in residual for n in near)):
-                layers.setdefault(block, len(layers))
+            if path is not None and (not residual or any(self._along(n) in residual for n in near)):
+                layers.setdefault(path, len(layers))
         return layers
 
     def _along(self, node: fx.Node) -> Term | None:
@@ -118,8 +128,8 @@ class _Builder:
         return self.axes.find(dims[-1])
 
     def _layer_of_path(self, path: str) -> int | None:
-        block = _block(path)
-        return None if block is None else self.layers.get(block)
+        layer = _numbered(path)
+        return None if layer is None else self.layers.get(layer)
 
     def _layer_of_group(self, atom: Atom, occurrences: list[Occurrence], residual: set[Atom]) -> int | None:
         if atom in residual:
@@ -290,8 +300,8 @@ def _kind(atom: Atom, residual: set[Atom], heads: set[Atom], experts: set[Atom],
     return "channels" if atom in site_atoms else "inner"
 
 
-def _block(path: str) -> str | None:
-    """Blocks are repeated under a number; the outermost number in a module path is the block's."""
+def _numbered(path: str) -> str | None:
+    """Layers are repeated under a number; the outermost number in a module path is the layer's."""
     match = re.match(r"(.*?(?:^|\.)\d+)(?:\.|$)", path)
     return None if match is None else match[1]
 

@@ -116,7 +116,16 @@ def prune_module(
 
 
 def agreement(module: nn.Module, graph_module: fx.GraphModule, ids: Tensor) -> float:
-    """Largest difference between the logits of a module and a graph, divided by the largest logit of the graph."""
+    """Largest difference between the logits of a module and a graph, divided by the largest logit of the graph.
+
+    Args:
+        module: of any output that is logits, or has them.
+        graph_module: that gives logits.
+        ids: (batch, tokens) int64.
+
+    Returns:
+        The quotient, taken in float64; inf where shapes differ or a logit is not finite.
+    """
     with torch.no_grad():
         expected = graph_module(ids)
         found = uncached(module, ids)

@@ -51,6 +51,7 @@ class Result:
         seconds: by stage.
         similarity: cosine similarity of input and output per layer, when it was measured.
         module_failure: why `model` is None.
+        parameters_before: parameters of the model that was given.
         scores: site -> (units,) float64, what scored lowest went first; None unless they were kept.
     """
 
@@ -102,7 +103,20 @@ class Result:
         return own if self._earlier is None else own.after(self._earlier)
 
     def save(self, directory: str | Path, *, tokenizer: Any = None, force: bool = False) -> Path:
-        """Write an ordinary checkpoint; see `slimgraph.checkpoint.save`."""
+        """Write an ordinary checkpoint, with the recipe and the plan in its manifest.
+
+        Args:
+            directory: where to; its parents are made. It must not exist, or be empty.
+            tokenizer: saved beside the model if given; anything with `save_pretrained`.
+            force: replace a checkpoint that is there.
+
+        Returns:
+            `directory`.
+
+        Raises:
+            ModelError: only the graph could be pruned.
+            CheckpointError: the place is unsuitable, or writing failed. The place is then as it was.
+        """
         if self.model is None:
             raise ModelError(self.module_failure or "the module was not pruned")
         return checkpoint.save(self.model, Path(directory), self.manifest(), tokenizer=tokenizer, force=force)

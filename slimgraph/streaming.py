@@ -1,8 +1,8 @@
-"""The whole way for models of any size: weights come from the checkpoint block by block, and go to another one.
+"""The whole way for models of any size: weights come from the checkpoint layer by layer, and go to another one.
 
 The same passes make the same decisions as in `slimgraph.pipeline.prune`; only where weights come from and go to
 differs. The model is traced with stand-ins for its parameters. During the sweep each weight is read when it is first
-used, pruned and refitted, written, and dropped. What is held at a time is a few blocks and the calibration activations.
+used, pruned and refitted, written, and dropped. What is held at a time is a few layers and the calibration activations.
 """
 
 from __future__ import annotations

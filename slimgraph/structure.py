@@ -2,7 +2,7 @@
 
 A *group* is an atom with every place it occurs at: positions that are cut together or not at all. A *site* is a
 projection that sums a group away; after units are removed there, its weight is refitted. A *layer* is one of the
-repeated blocks. `slimgraph.groups.infer` makes all of it.
+modules that the residual stream runs through one after the other. `slimgraph.groups.infer` makes all of it.
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ class Structure:
         refusals: operators without a rule that froze something.
         tied: parameter -> number of nodes that read it, where there are several.
         analysis: the terms behind it all.
+        atom_groups: atom -> name of its group.
     """
 
     groups: dict[str, Group]
@@ -195,7 +196,7 @@ class Structure:
     def joined(self, site: Site) -> str | None:
         """The node whose value a site's output is added to, where that value is there before the site is reached.
 
-        None where something else than a sum comes first, like the norm that some models put behind a block.
+        None where something else than a sum comes first, like the norm that some models put behind a layer's parts.
         """
         graph = self.analysis.graph_module.graph
         order = {n: i for i, n in enumerate(graph.nodes)}
@@ -218,7 +219,7 @@ class Structure:
         if before is None or not leaving:
             raise GraphError(
                 f"layer {self.layers[layer]}: found no value of the residual stream that goes "
-                f"{'in' if before is None else 'out'}; expected both, to compare or skip layers. Use uniform allocation"
+                f"{'in' if before is None else 'out'}; expected both, to compare or skip layers. Use uniform_allocation"
             )
         return before.name, leaving[-1].name
 

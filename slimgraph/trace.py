@@ -115,7 +115,11 @@ def retarget(graph_module: fx.GraphModule, device: torch.device | str) -> None:
 
 
 def tensor_at(module: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer of that dotted name."""
+    """The parameter or buffer of that dotted name.
+
+    Raises:
+        GraphError: something else has that name.
+    """
     path, _, leaf = name.rpartition(".")
     value = getattr(module.get_submodule(path), leaf)
     if not isinstance(value, Tensor):
@@ -131,7 +135,11 @@ def uncached(model: nn.Module, ids: Tensor) -> Any:
 
 
 def call(node: fx.Node, look: Callable[[fx.Node], Any]) -> Any:
-    """What a call_function node computes, given the values of the nodes it reads."""
+    """What a call_function node computes, given the values of the nodes it reads.
+
+    Raises:
+        GraphError: it is a node of another kind.
+    """
     if not callable(node.target):
         raise GraphError(f"{node.name}: found a {node.op} node; expected a call of an operator")
     return node.target(*fx.map_arg(node.args, look), **fx.map_arg(node.kwargs, look))

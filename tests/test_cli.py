@@ -445,7 +445,7 @@ def test_prune_refuses(
 def test_every_calibration_text_is_read(
     run: Callable[..., Run], model_dir: Path, text: Path, tmp_path: Path, command: str
 ) -> None:
-    more = ["--out", tmp_path / "out"] if command == "prune" else ["--sweep", "0.1", "--text", text]
+    more = ["--out", tmp_path / "out"] if command == "prune" else ["--ratios", "0.1", "--text", text]
     given = ["--calibration", text, "--calibration", "nowhere.txt", "--samples", "4", "--seq-len", "16"]
     refused(run(command, model_dir, *more, *given), "nowhere.txt", "does not exist")
 

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from slimgraph import cli, plots
 from slimgraph import compare as module
 from slimgraph.bench import Settings
-from slimgraph.compare import Comparison, Contender, Measures, compare, sweep
+from slimgraph.compare import Comparison, Contender, Measures, compare, pruned_at
 from slimgraph.errors import CalibrationError, CheckpointError, EvaluationError, ModelError, PlanError
 from slimgraph.perplexity import perplexity
 from slimgraph.text import read_tokens
@@ -40,7 +40,7 @@ def found(whole: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, text
     ids = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(0))
     contenders = [
         Contender("whole", lambda: whole, tiny_tokenizer),
-        *sweep("whole", whole, [0.2], ids, tokenizer=tiny_tokenizer, method="random", round_to=1),
+        *pruned_at("whole", whole, [0.2], ids, tokenizer=tiny_tokenizer, method="random", round_to=1),
     ]
     measures = Measures(
         texts=[text],
@@ -64,7 +64,7 @@ def test_every_number_is_the_models_own(
     assert first.speed.cost == first.cost
 
 
-def test_a_sweep_prunes_the_dense_model_at_every_ratio(found: Comparison, whole: LlamaForCausalLM) -> None:
+def test_the_dense_model_is_pruned_at_every_ratio(found: Comparison, whole: LlamaForCausalLM) -> None:
     assert [e.name for e in found.entries] == ["whole", "whole -20%"]
     assert [round(found.share(e), 1) for e in found.entries] == [1.0, 0.8]
     assert all(e.cost.parameters == e.tasks["size"] for e in found.entries)
@@ -135,7 +135,7 @@ def test_what_cannot_be_compared_is_refused(
     with pytest.raises(CalibrationError):
         compare([one], Measures(texts=[tmp_path / "missing.txt"]))
     with pytest.raises(PlanError, match="out of range"):
-        sweep("a", whole, [0.2, 1.5], torch.zeros(1, 4, dtype=torch.long))
+        pruned_at("a", whole, [0.2, 1.5], torch.zeros(1, 4, dtype=torch.long))
     with pytest.raises(CheckpointError, match=r"\.png, \.svg"):
         plots.plot(found, tmp_path / "a.gif")
     with pytest.raises(CheckpointError, match="exists"):
@@ -154,7 +154,7 @@ def test_the_command(
     whole.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     model, table, picture = str(tmp_path / "model"), tmp_path / "table.md", tmp_path / "a.svg"
-    sweeping = ["--sweep", "0.1", "--calibration", str(text), "--samples", "4", "--method", "random"]
+    sweeping = ["--ratios", "0.1", "--calibration", str(text), "--samples", "4", "--method", "random"]
     files = ["--json", "-", "--markdown", str(table), "--plot", str(picture)]
     assert cli._run(["compare", model, "--text", str(text), "--seq-len", "16", *sweeping, *files]) == 0
     entries = json.loads(capsys.readouterr().out)["entries"]
@@ -164,7 +164,7 @@ def test_the_command(
     assert picture.exists()
 
     for arguments, message in [
-        (["--sweep", "0.1,x"], "--sweep is '0.1,x'"),
+        (["--ratios", "0.1,x"], "--ratios is '0.1,x'"),
         (["--plot", str(picture)], "nothing to draw"),
         ([model], "given 2 times"),
     ]:

@@ -40,5 +40,13 @@ def test_the_fault_of_the_example_is_found(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))])
 def test_links_lead_somewhere(page: str) -> None:
     file = ROOT / page
-    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", file.read_text(encoding="utf-8"))
-    assert [target for target in targets if not (file.parent / target).exists()] == []
+    links = re.findall(r"\]\((?!\w+:)([^)#]*)(?:#([^)]*))?\)", file.read_text(encoding="utf-8"))
+    lost = [target for target, _ in links if not (file.parent / target).exists()]
+    lost += [f"{target}#{part}" for target, part in links if part and part not in headings(file.parent / target)]
+    assert lost == []
+
+
+def headings(page: Path) -> list[str]:
+    """As a page's links spell them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles]

@@ -143,7 +143,7 @@ def test_swaps_make_the_loss_smaller_and_never_larger(width: int) -> None:
     changed = 0
     for seed in range(12):
         site = random_site(seed, blocks=2, block_size=6, width=width, tokens=40)
-        kept = {n: eliminate(site.evidence(), 3, prior=0.5, rounds=1, swaps=n).tolist() for n in (0, 50)}
+        kept = {n: eliminate(site.evidence(), 3, prior=0.5, steps=1, swaps=n).tolist() for n in (0, 50)}
         before, after = (loss(site, units, 0.5) for units in kept.values())
         assert after <= before * (1 + 1e-9)
         assert torch.bincount(site.blocks[kept[50]]).tolist() == [3, 3]
@@ -155,11 +155,11 @@ def test_swaps_make_the_loss_smaller_and_never_larger(width: int) -> None:
 
 
 @fast
-@given(site=sites(30, 2), prior=st.sampled_from([*PRIORS, math.inf]), rounds=st.integers(1, 20), data=st.data())
-def test_every_block_keeps_as_many(site: RawSite, prior: float, rounds: int, data: st.DataObject) -> None:
+@given(site=sites(30, 2), prior=st.sampled_from([*PRIORS, math.inf]), steps=st.integers(1, 20), data=st.data())
+def test_every_block_keeps_as_many(site: RawSite, prior: float, steps: int, data: st.DataObject) -> None:
     size = len(site.blocks) // (int(site.blocks.max()) + 1)
     keep = data.draw(st.integers(1, size))
-    kept = eliminate(site.evidence(), keep, prior=prior, rounds=rounds)
+    kept = eliminate(site.evidence(), keep, prior=prior, steps=steps)
     assert kept.equal(kept.unique())
     assert torch.bincount(site.blocks[kept]).tolist() == [keep] * (int(site.blocks.max()) + 1)
 
@@ -180,15 +180,15 @@ def test_the_cheapest_goes_first_and_the_others_make_up_for_it(site: RawSite, pr
     assert eliminate(site.evidence(), size, prior=prior).tolist() == site.all_units
 
 
-def test_more_rounds_see_what_has_gone() -> None:
+def test_more_steps_see_what_has_gone() -> None:
     """Of two channels that are the same one can go for nothing, and both for a lot."""
     site = random_site(0, blocks=1, block_size=4, width=1, tokens=200)
     first, second = (int((site.units == unit).nonzero()) for unit in (1, 3))
     site.x[:, second] = site.x[:, first]
     costs = removal_costs(site.evidence(), 1e-6)
     assert sorted(costs.argsort()[:2].tolist()) == [1, 3]
-    assert eliminate(site.evidence(), 2, prior=1e-6, rounds=1).tolist() == [0, 2]
-    kept = eliminate(site.evidence(), 2, prior=1e-6, rounds=2).tolist()
+    assert eliminate(site.evidence(), 2, prior=1e-6, steps=1).tolist() == [0, 2]
+    kept = eliminate(site.evidence(), 2, prior=1e-6, steps=2).tolist()
     assert len({1, 3} & set(kept)) == 1
 
 
@@ -267,7 +267,7 @@ def test_tokens_are_needed() -> None:
     [
         ({"prior": -1.0}, "elimination: prior is -1.0; expected a number of tokens, at least 0"),
         ({"prior": math.nan}, "elimination: prior is nan; expected a number of tokens, at least 0"),
-        ({"rounds": 0}, "elimination: rounds is 0; expected at least 1"),
+        ({"steps": 0}, "elimination: steps is 0; expected at least 1"),
         ({"swaps": -1}, "elimination: swaps is -1; expected at least 0"),
     ],
 )
@@ -282,7 +282,7 @@ def test_what_cannot_be_meant_is_refused(fields: dict[str, Any], message: str) -
 @pytest.mark.parametrize("heads", ["kv", "balanced"])
 def test_a_recipe_with_it_prunes(heads: str) -> None:
     allocation = UniformAllocation(ratio=0.2, heads=heads, round_to=1)
-    recipe = Recipe((Elimination(prior=64.0, rounds=3), LeastSquares(), allocation, Sweep()))
+    recipe = Recipe((Elimination(prior=64.0, steps=3), LeastSquares(), allocation, Sweep()))
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
     model = make(num_hidden_layers=3)
     result = slimgraph.prune(model, tokens(6, 9, seed=3), recipe=recipe, verify=True, keep_scores=True)

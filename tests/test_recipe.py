@@ -45,7 +45,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "cosine_allocation": {**ALLOCATION, "alpha": 5.0, "layers": 3},
     "fluctuation": {},
     "fluctuation_allocation": ALLOCATION,
-    "elimination": {"prior": 7.0, "rounds": 3, "swaps": 5},
+    "elimination": {"prior": 7.0, "steps": 3, "swaps": 5},
     "feature_space": {"directions": False, "activations": False, "sources": False, "keep_lowest": 0.01},
     "harm_allocation": {
         **ALLOCATION,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -85,7 +86,7 @@ def test_cells_are_worked_out_once_and_end_in_a_table(
     table = (tmp_path / "results.md").read_text()
     rows = [line.split("|")[3].strip() for line in table.splitlines() if line.startswith(("| 0%", "| 20%"))]
     assert rows == ["dense", "SlimLLM"]
-    assert "best first" not in table  # of one method there is no order
+    assert "story: " not in table  # of one method there is no order
     with pytest.raises(SystemExit, match="other settings"):
         start(script, monkeypatch, [*few, "--samples", "3"])
 
@@ -102,12 +103,50 @@ def test_every_method_and_ablation_is_a_recipe(script: ModuleType) -> None:
 
 
 def test_a_rank_that_is_not_the_papers_is_said(script: ModuleType) -> None:
-    def rows(*values: float) -> dict[tuple[float, str], list[dict[str, Any]]]:
-        names = ["LLM-Pruner (Taylor)", "SlimLLM", script.TUNED]
-        return {(0.2, n): [{"perplexity": {"t": {"value": v}}}] for n, v in zip(names, values, strict=True)}
+    pruner, tuned = "LLM-Pruner (Taylor)", script.TUNED
 
-    assert script.ranking(rows(3.0, 2.0, 1.0), ["t"])[0].endswith("; as in the paper")
-    assert script.ranking(rows(2.0, 3.0, 1.0), ["t"])[0].endswith("; NOT as in the paper")
+    def verdict(text: str, **values: float) -> str:
+        names = {"pruner": pruner, "slimllm": "SlimLLM", "tuned": tuned, "flap": "FLAP"}
+        rows = {(0.2, names[n]): [{"perplexity": {text: {"value": v}}}] for n, v in values.items()}
+        (line,) = script.ranking(rows, [text])
+        return str(line).partition(f", {text}: ")[2]
+
+    order = f"{tuned} < FLAP < SlimLLM < {pruner}"
+    here = f"{order}; in the paper, as here: {tuned} < SlimLLM < {pruner}"
+    assert verdict("wikitext2", pruner=3.0, slimllm=2.0, flap=1.5, tuned=1.0) == here
+    there = f"{order}; in the paper, NOT as here: SlimLLM < {tuned} < {pruner}"
+    assert verdict("ptb", pruner=3.0, slimllm=2.0, flap=1.5, tuned=1.0) == there
+    assert verdict("essays", pruner=3.0, slimllm=2.0, flap=1.5, tuned=1.0) == order  # of which the paper says nothing
+    assert verdict("ptb", slimllm=2.0, flap=1.5) == "FLAP < SlimLLM"
+
+
+def test_a_table_names_the_command_that_made_it(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    """It has every option that the script asks for, and reads as the options that were given."""
+    given = [*arguments, "--seeds", "0", "1", "--limit", "7", "--task-folder", "somewhere/tasks", "--ablations"]
+    monkeypatch.setattr(sys, "argv", given)
+    options = script.parse()
+    (command,) = re.findall(
+        r"Made by `python benchmarks/(.*?)`", script.describe(options, "reproduce.py", " --ablations")
+    )
+    monkeypatch.setattr(sys, "argv", command.split())
+    again = script.parse()
+    assert (again.seeds, again.tokens, again.limit, again.of, again.ablations) == ([0, 1], 64, 7, "layers", True)
+    assert (again.results.name, again.task_folder.name) == ("cells", "tasks")
+
+
+def test_a_table_says_of_what_its_numbers_are(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [*arguments, "--seeds", "0", "1"])
+    whole = script.describe(script.parse(), "reproduce.py")
+    assert "deviation over the calibration seeds" in whole
+    assert "Tasks by lm-eval" in whole
+    monkeypatch.setattr(sys, "argv", [*arguments, "--seeds", "0"])
+    part = script.describe(script.parse(), "reproduce.py", scored=None, cost="Seconds.")
+    assert "± is the standard error over windows. Weights" in part
+    assert "float32. Seconds.\nMade by" in part
 
 
 def test_ideas_are_laid_beside_the_published_method(

@@ -26,7 +26,7 @@ from slimgraph.commands.options import (
     write_json,
     write_text,
 )
-from slimgraph.compare import Contender, Measures, TaskRunner, compare, sweep
+from slimgraph.compare import Contender, Measures, TaskRunner, compare, pruned_at
 from slimgraph.errors import ModelError, PlanError
 from slimgraph.plots import check_plot, plot
 from slimgraph.pretrained import load_tokenizer
@@ -54,15 +54,15 @@ def compare_command(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many examples of each task.")] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Tokens per second, all models in memory at once.")] = False,
     prune_at: Annotated[
-        str | None, typer.Option("--sweep", metavar="RATIOS", help="Also the first model pruned by 0.1,0.2,...")
+        str | None, typer.Option("--ratios", metavar="RATIOS", help="Also the first model pruned by 0.1,0.2,...")
     ] = None,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(help="For --sweep, as in prune.  [default: prose of the Python language reference]"),
+        typer.Option(help="For --ratios, as in prune.  [default: prose of the Python language reference]"),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows, for --sweep.")] = 32,
-    method: Annotated[str | None, typer.Option(help="For --sweep, as in prune.  [default: slimgraph]")] = None,
-    seed: Annotated[int, typer.Option(help="For --sweep, as in prune.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows, for --ratios.")] = 32,
+    method: Annotated[str | None, typer.Option(help="For --ratios, as in prune.  [default: slimgraph]")] = None,
+    seed: Annotated[int, typer.Option(help="For --ratios, as in prune.")] = 0,
     plot_to: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Picture, .png or .svg.")] = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -114,7 +114,7 @@ def _ratios(given: str | None) -> list[float]:
     try:
         return [float(part) for part in given.split(",")]
     except ValueError as error:
-        raise PlanError(f"--sweep is {given!r}; expected ratios with commas between them, like 0.1,0.2,0.5") from error
+        raise PlanError(f"--ratios is {given!r}; expected ratios with commas between them, like 0.1,0.2,0.5") from error
 
 
 def _task_runner(
@@ -148,6 +148,6 @@ def _pruned(
     progress: Progress,
 ) -> list[Contender]:
     ids = mixed_tokens(calibration or [], dense.tokenizer, samples=samples, seq_len=seq_len, seed=seed)
-    return sweep(
+    return pruned_at(
         dense.name, dense.load(), ratios, ids, tokenizer=dense.tokenizer, method=method, seed=seed, progress=progress
     )
