@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from slimgraph.axes import size
 from slimgraph.budget import Budget, Goal, at_factor, solve
 from slimgraph.depth import skip_layers
 from slimgraph.errors import CalibrationError, NumericsError, PlanError, RecipeError
@@ -68,13 +69,11 @@ class _Allocation(Pass):
                 f"{self.name}: an earlier pass skips {state.plan.skipped[0]}; expected all layers, as what is said of "
                 "them goes by their numbers: save the model that skips it, and prune that"
             )
-        sites = [s for s in structure.prunable_sites() if self.kinds in ("both", s.kind)]
-        if not sites:
-            raise PlanError("no site can be pruned in this graph; `slimgraph inspect` shows what is frozen and why")
+        sites = structure.require_sites(self.kinds)
         state.units = [units_of(structure, s, self.heads) for s in sites]
         weights = self.weights(structure, state)
-        out = {s.name: structure.analysis.sources[s.parameter][s.out_dim] for s in sites}
-        added = {s.name: _size(structure, out[s.name]) for s in sites if state.fit_adds_bias and s.bias is None}
+        gaining = [s for s in sites if state.fit_adds_bias and s.bias is None]
+        added = {s.name: size(structure.analysis.sources[s.parameter][s.out_dim]) for s in gaining}
         now = {name: p.numel() for name, p in graph_module.named_parameters()}  # an earlier pass may have cut
         goal = Goal(structure, state.units, weights, {**state.sizes, **now}, added, self.round_to)
         with state.watch("allocation"):
@@ -96,12 +95,6 @@ class _Allocation(Pass):
     def weights(self, structure: Structure, state: State) -> Mapping[int, float]:
         """Layer -> how strongly it is cut relative to the others."""
         raise NotImplementedError
-
-
-def _size(structure: Structure, term: object) -> int:
-    from slimgraph.axes import size
-
-    return size(structure.analysis.axes.find(term))  # type: ignore[arg-type]
 
 
 @register

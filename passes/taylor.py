@@ -57,8 +57,9 @@ class Taylor(_Importance):
         if not state.batches:
             raise CalibrationError("taylor needs calibration tokens for its gradients; found none in the state")
         structure = structure_of(graph_module)
+        sites = structure.require_sites()
         with state.watch("gradients"):
-            slices = _slices(graph_module, structure.prunable_sites(), state, self.batch)
+            slices = _slices(graph_module, sites, state, self.batch)
         for kind in self.kinds():
             state.importance[kind] = _ByGradients(structure, state, slices, state.plan.cuts)
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from slimgraph.axes import DATA, Axes, Term, size
 from slimgraph.errors import GraphError
-from slimgraph.rules import Choice, Context, Contraction, Dims, find_rule, operator_name
+from slimgraph.rules import Choice, Context, Contraction, Dims, NotCoveredError, find_rule, operator_name
 
 __all__ = ["Analysis", "Refusal", "analyse"]
 
@@ -41,11 +41,15 @@ _LOOKS_UP = frozenset(("index", "gather", "index_select", "scatter", "scatter_ad
 
 @dataclass(frozen=True)
 class Refusal:
-    """An operator without a rule met axes that could otherwise have been cut, and froze them."""
+    """An operator without a rule met axes that could otherwise have been cut, and froze them.
+
+    `why` says what its rule does not cover, where it has one.
+    """
 
     node: str
     operator: str
     frozen: tuple[str, ...]
+    why: str = ""
 
 
 @dataclass
@@ -58,7 +62,7 @@ class Analysis:
         dims: node -> terms of its output, or a list of them for several outputs; None for what is not a tensor.
         sources: name of a parameter, buffer or tensor made by the graph -> its terms.
         contractions: nodes that sum over an axis shared by two inputs, in graph order.
-        statistics: (node, axis) where a mean or variance is taken over an axis.
+        statistics: (node, axis) where a mean, variance or sum is taken over an axis.
         heads: axes over which activations are multiplied separately.
         created: nodes that make a tensor whose positions differ.
         moving: nodes whose value depends on the model's input.
@@ -154,6 +158,8 @@ def _call(analysis: Analysis, node: fx.Node) -> Any:
     options = {k: _argument(analysis, v) for k, v in node.kwargs.items()}
     try:
         dims = found.apply(context, *arguments, **options)
+    except NotCoveredError as error:
+        return _refuse(analysis, context, several=isinstance(values, (tuple, list)), why=str(error))
     except (ValueError, TypeError, IndexError) as error:
         raise GraphError(
             f"{node.name}: the axis rule of {operator_name(node)} ({found.golden}) does not fit: {error}"
@@ -177,9 +183,9 @@ def _argument(analysis: Analysis, value: Any) -> Any:
     return value
 
 
-def _refuse(analysis: Analysis, context: Context, *, several: bool) -> Any:
+def _refuse(analysis: Analysis, context: Context, *, several: bool, why: str = "") -> Any:
     node, name = context.node, operator_name(context.node)
-    reason = f"{name} at {node.name} has no axis rule"
+    reason = f"{name} at {node.name} has no axis rule" + (f" for this: {why}" if why else "")
     stopped = []
     for source in node.all_input_nodes:
         for dims in _all_dims(analysis.dims.get(source)):
@@ -188,7 +194,7 @@ def _refuse(analysis: Analysis, context: Context, *, several: bool) -> Any:
                     stopped.append(analysis.axes.show(term))
                     analysis.axes.freeze(term, reason)
     if stopped:
-        analysis.refusals.append(Refusal(node.name, name, tuple(stopped)))
+        analysis.refusals.append(Refusal(node.name, name, tuple(stopped), why))
     made = [tuple(context.frozen(i, reason, o) for i in range(len(s))) for o, s in enumerate(context.shapes)]
     return made if several else made[0]
 

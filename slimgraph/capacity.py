@@ -14,8 +14,10 @@ from slimgraph.weightfiles import stored_tensors, weight_files
 __all__ = ["memory_free", "memory_needed"]
 
 
-def memory_free() -> int:
-    """Bytes that can be had without swapping."""
+def memory_free(device: torch.device | None = None) -> int:
+    """Bytes that can be had: of a GPU, else of the machine, without swapping."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)
 
 

@@ -49,9 +49,9 @@ def alone(sums: Tensor) -> Tensor:
     return sums
 
 
-def precision_for(activations: torch.dtype) -> torch.dtype:
-    """In which dtype scores and fits are worked out: float64, or float32 where activations carry fewer than 12 bits."""
-    return torch.float32 if activations in (torch.bfloat16, torch.float16) else torch.float64
+def precision_for(weights: torch.dtype) -> torch.dtype:
+    """In which dtype scores and fits are worked out: float64, or float32 where weights carry fewer than 12 bits."""
+    return torch.float32 if weights in (torch.bfloat16, torch.float16) else torch.float64
 
 
 def zero_share(precision: torch.dtype) -> float:
@@ -154,6 +154,7 @@ class Evidence:
         kind: "heads" or "channels": what the units are.
         name: where, for messages.
         twin: what the dense model holds here, where it runs beside the pruned one.
+        samples: number of samples in each of `inputs`, whose leading sizes may count tokens; by default those sizes.
         precision: float64 or float32, what scores and fits compute in; see `precision_for`. Sums over tokens are
             float64 in any case.
         combine: sums over processes.
@@ -169,6 +170,7 @@ class Evidence:
     kind: str
     name: str
     twin: Twin | None = None
+    samples: Sequence[int] | None = None
     precision: torch.dtype = torch.float64
     combine: Combine = alone
     watch: Stopwatch = field(default_factory=Stopwatch, repr=False)
@@ -181,24 +183,24 @@ class Evidence:
         Raises:
             CalibrationError: there is no such sample.
         """
-        starts = itertools.accumulate((x.shape[0] for x in self.inputs), initial=0)
-        taken = [range((first - start) % nth, x.shape[0], nth) for start, x in zip(starts, self.inputs, strict=False)]
+        counts = self.samples if self.samples is not None else [x.shape[0] for x in self.inputs]
+        starts = itertools.accumulate(counts, initial=0)
+        taken = [range((first - start) % nth, n, nth) for start, n in zip(starts, counts, strict=False)]
 
         def part(values: Sequence[Tensor]) -> list[Tensor]:
-            # Rows as the input has them: the stream may be shaped otherwise.
-            rows = (v.reshape(*x.shape[:-1], v.shape[-1]) for x, v in zip(self.inputs, values, strict=True))
-            return [v[r.start :: nth] for v, r in zip(rows, taken, strict=True) if r]
+            split = (v.reshape(n, -1, v.shape[-1]) for n, v in zip(counts, values, strict=True))
+            return [v[r.start :: nth] for v, r in zip(split, taken, strict=True) if r]
 
         if not any(taken):
             raise CalibrationError(
-                f"{self.name}: {sum(x.shape[0] for x in self.inputs)} calibration samples cannot be split in {nth}; "
+                f"{self.name}: {sum(counts)} calibration samples cannot be split in {nth}; "
                 "calibrate with more of them, or give a prior"
             )
         twin = self.twin
         if twin is not None:
             stream = twin.stream
             twin = Twin(part(twin.inputs), None if stream is None else (part(stream[0]), part(stream[1])))
-        return replace(self, inputs=part(self.inputs), twin=twin)
+        return replace(self, inputs=part(self.inputs), twin=twin, samples=None)
 
     def kept_channels(self, kept: Tensor) -> Tensor:
         """Channels that stay when only `kept` units stay.

@@ -183,13 +183,14 @@ class Parking:
 
     Args:
         count: number of micro-batches.
-        room: bytes kept in memory, a quarter of the free memory by default; micro-batches beyond go to temporary files.
+        room: bytes kept in memory, by default a quarter of what is free on the values' device when the first are
+            parked; micro-batches beyond go to temporary files.
     """
 
     def __init__(self, count: int, room: int | None = None) -> None:
         self._values: list[dict[str, Any]] = [{} for _ in range(count)]
         self._files: dict[int, Path] = {}
-        self._room = memory_free() // 4 if room is None else room
+        self._room = room
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Parking:
@@ -212,16 +213,18 @@ class Parking:
     def put(self, index: int, values: dict[str, Any]) -> None:
         """Park the values of one micro-batch."""
         self._values[index] = values
-        if self._bytes() <= self._room:
-            return
         tensors = _tensors(values)
         if not tensors:
+            return
+        device = next(iter(tensors.values())).device
+        if self._room is None:
+            self._room = memory_free(device) // 4
+        if self._bytes() <= self._room:
             return
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="slimgraph-")
         file = Path(self._folder.name) / f"{index}.safetensors"
         _write(tensors, file)
-        device = next(iter(tensors.values())).device
         self._values[index] = {n: v for n, v in values.items() if n not in tensors} | {_DEVICE: device}
         self._files[index] = file
 

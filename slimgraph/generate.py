@@ -159,7 +159,7 @@ def _draw(logits: Tensor, temperature: float, never: Sequence[int], shares: Tens
     Args:
         logits: (samples, vocabulary) in any dtype; probabilities are float32.
         temperature: above 0.
-        never: tokens that are not drawn; some configurations name an end that is not in the vocabulary.
+        never: tokens that are not drawn; some configurations name an end that is not in the vocabulary, or -1.
         shares: (samples,) float64 between 0 and 1, drawn for each row, on the device of the logits.
 
     Raises:
@@ -173,7 +173,7 @@ def _drawn(logits: Tensor, never: Sequence[int], shares: Tensor) -> Tensor:
 
     Shares reached are float64, so that the last of many tokens has its own.
     """
-    logits[:, [token for token in never if token < logits.shape[1]]] = -torch.inf
+    logits[:, [token for token in never if 0 <= token < logits.shape[1]]] = -torch.inf
     probabilities = torch.nn.functional.pad(logits.softmax(-1), (0, -logits.shape[1] % _BLOCK))
     blocks = probabilities.reshape(len(logits), -1, _BLOCK)
     reached = blocks.sum(-1).double().cumsum(-1)

@@ -7,6 +7,7 @@ of parameters serve to label what was found.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,7 +94,10 @@ class _Builder:
             )
             for atom, occurrences in places.items()
         }
-        sites = [self._site(p, atoms, names, heads, residual) for p, atoms in found]
+        biases = self._refit_biases([p for p, _ in found])
+        sites = [
+            self._site(p, atoms, names, heads, residual, bias) for (p, atoms), bias in zip(found, biases, strict=True)
+        ]
         readers = {str(n.target): 0 for n in self.analysis.graph_module.graph.nodes if n.op == "get_attr"}
         for n in self.analysis.graph_module.graph.nodes:
             if n.op == "get_attr":
@@ -218,11 +222,28 @@ class _Builder:
     def _output(self, p: _Projection) -> Term | None:
         return None if p.out_dim is None else self.sources[p.parameter][p.out_dim]
 
+    def _refit_biases(self, projections: list[_Projection]) -> list[str]:
+        """The bias that a refit gives each: the one it has, else one beside the weight under a name that is free."""
+        taken, found = set(self.sources), []
+        for p in projections:
+            owner = p.parameter.rpartition(".")[0]
+            free = (name for name in _bias_names(owner, p.parameter) if name not in taken)
+            found.append(_bias(p.contraction.node) or next(free))
+            taken.add(found[-1])
+        return found
+
+    def _reads_rows(self, p: _Projection) -> bool:
+        """Whether channels come last in what it reads and in what it puts out, as in `rows @ weight`."""
+        c = p.contraction
+        dim = c.left_dim if p.reads is c.left else c.right_dim
+        read, made = self.analysis.terms(p.reads), self.analysis.terms(c.node)
+        return dim == len(read) - 1 and bool(made) and made[-1] == self._output(p)
+
     def _site_atoms(
         self, p: _Projection, left_alone: set[Atom], heads: set[Atom]
     ) -> tuple[_Projection, tuple[Atom, ...]] | None:
         """The atoms whose units are removed at a projection: its heads if it has any, else its only atom."""
-        if p.out_dim is None:
+        if p.out_dim is None or not self._reads_rows(p):
             return None
         term = self.axes.find(p.contraction.term)
         if isinstance(term, Atom):
@@ -233,7 +254,13 @@ class _Builder:
         return (p, outer) if outer and len(outer) <= 2 and outer == term.factors[: len(outer)] else None
 
     def _site(
-        self, p: _Projection, atoms: tuple[Atom, ...], names: dict[Atom, str], heads: set[Atom], residual: set[Atom]
+        self,
+        p: _Projection,
+        atoms: tuple[Atom, ...],
+        names: dict[Atom, str],
+        heads: set[Atom],
+        residual: set[Atom],
+        refit_bias: str,
     ) -> Site:
         assert p.out_dim is not None
         node = p.contraction.node
@@ -249,6 +276,7 @@ class _Builder:
             in_dim=p.in_dim,
             out_dim=p.out_dim,
             bias=_bias(node),
+            refit_bias=refit_bias,
             channels=size(term),
             structure=plain(term),
             groups=tuple(names[a] for a in atoms),
@@ -364,6 +392,13 @@ def _order(node: fx.Node, name: str) -> list[int] | None:
     else:
         return None
     return order
+
+
+def _bias_names(owner: str, parameter: str) -> Iterator[str]:
+    """`a.bias` for `a.weight`, and others in case that is taken."""
+    yield f"{owner}.bias" if owner else "bias"
+    yield f"{parameter}_bias"
+    yield from (f"{parameter}_bias_{i}" for i in itertools.count(2))
 
 
 def _bias(node: fx.Node) -> str | None:

@@ -203,7 +203,7 @@ def _decided(
     def stop_at(u: Units, layer: int) -> Callable[[Sequence[Tensor]], None]:
         def stop(inputs: Sequence[Tensor]) -> None:
             evidence = evidence_at(
-                structure, u, inputs, Twin(inputs), norms, partial(tensor_at, graph_module), combine, watch
+                structure, u, batches, inputs, Twin(inputs), norms, partial(tensor_at, graph_module), combine, watch
             )
             evidence.require_finite_input()
             for keep in widths[u.site.name]:

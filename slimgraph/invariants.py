@@ -19,7 +19,7 @@ from slimgraph.module import tolerance
 from slimgraph.plan import Plan, Resolved, resolve
 from slimgraph.state import State
 from slimgraph.surgery import refresh_shapes
-from slimgraph.trace import tensor_at
+from slimgraph.trace import probe, tensor_at
 
 __all__ = [
     "check_graph",
@@ -27,28 +27,15 @@ __all__ = [
     "check_pass",
     "differing_parameters",
     "is_refitted",
-    "probe",
     "refitted_parameters",
     "unrefitted_logits",
 ]
 
 
-def probe(graph_module: fx.GraphModule) -> Tensor:
-    """(batch, tokens) int64: a few tokens that every vocabulary has, of a shape that the graph takes."""
-    (ids,) = graph_module.graph.find_nodes(op="placeholder")
-    fixed = [n if isinstance(n, int) else d for n, d in zip(ids.meta["val"].shape, (2, 9), strict=True)]
-    device = next(graph_module.parameters()).device
-    return (torch.arange(fixed[0] * fixed[1]) % 17).view(fixed[0], fixed[1]).to(device)
-
-
-def refitted_parameters(structure: Structure, plan: Plan) -> dict[str, str | None]:
+def refitted_parameters(structure: Structure, plan: Plan) -> dict[str, str]:
     """Weight of every site that a plan cuts -> the bias that a refit gives it, by the name it has or gets."""
     cut = {name for name, c in plan.cuts.items() if c.kept < c.units}
-    return {
-        site.parameter: site.bias or f"{site.parameter.rpartition('.')[0]}.bias".lstrip(".")
-        for site in structure.sites
-        if cut.intersection(site.groups)
-    }
+    return {site.parameter: site.refit_bias for site in structure.sites if cut.intersection(site.groups)}
 
 
 def is_refitted(name: str, structure: Structure, plan: Plan) -> bool:
@@ -135,8 +122,12 @@ def check_pass(graph_module: fx.GraphModule, state: State, dense: Structure) -> 
         check_masked(graph_module, dense, state.plan)
 
 
-def check_graph(graph_module: fx.GraphModule) -> None:
+def check_graph(graph_module: fx.GraphModule, *, has_values: bool = True) -> None:
     """Check that a graph is well formed, its shapes consistent, its axes analysable and its parameters finite.
+
+    Args:
+        graph_module: the graph; the shapes in its metadata are worked out again.
+        has_values: whether its parameters hold the model's values, and not something that stands for them.
 
     Raises:
         GraphError: names the node.
@@ -148,7 +139,7 @@ def check_graph(graph_module: fx.GraphModule) -> None:
         raise GraphError(f"the graph is not well formed: {error}") from error
     refresh_shapes(graph_module)
     infer(graph_module)
-    for name, parameter in graph_module.named_parameters():
+    for name, parameter in graph_module.named_parameters() if has_values else ():
         if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
             raise NumericsError(f"parameter {name} holds NaN or infinity")
 

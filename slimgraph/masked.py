@@ -1,9 +1,10 @@
 """Masked equivalence: what a pruned model must compute.
 
 For any plan, the pruned model equals the dense model in which the removed positions are zeroed wherever they are summed
-away: at the input of every contraction over a cut axis. Where a mean or variance is taken over a cut axis, it is taken
-over the kept positions; where a softmax or a ranking chooses among the positions of a cut axis, the removed ones come
-in as minus infinity. This module runs the dense graph that way; nothing is sliced, so that it checks the slicing.
+away: at the input of every contraction over a cut axis. Where a mean, variance or plain sum is taken over a cut axis,
+it is taken over the kept positions; where a softmax or a ranking chooses among the positions of a cut axis, the removed
+ones come in as minus infinity. This module runs the dense graph that way; nothing is sliced, so that it checks the
+slicing.
 """
 
 from __future__ import annotations

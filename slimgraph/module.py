@@ -30,7 +30,7 @@ from slimgraph.layer_config import layer_widths
 from slimgraph.manifest import Manifest
 from slimgraph.plan import Plan, Resolved
 from slimgraph.surgery import Refit, assign
-from slimgraph.trace import canonical_names, module_path, tensor_at, uncached
+from slimgraph.trace import canonical_names, evaluating, module_path, probe, tensor_at, uncached
 
 __all__ = ["PrunedModule", "agreement", "prune_module", "tolerance"]
 
@@ -103,14 +103,15 @@ def prune_module(
     """
     skipped = {}
     if resolved.plan.skipped:
-        skipped = outputs_of(model, resolved.plan.skipped, _probe(resolved.structure))
+        skipped = outputs_of(model, resolved.plan.skipped, probe(resolved.structure.analysis.graph_module))
         model = without_layers(model, skipped)
     shared: dict[int, object] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     result = PrunedModule(copy.deepcopy(model, shared), skipped=skipped)
     _replace_tensors(model, result, pruned_graph)
     _add_biases(result, resolved.structure, pruned_graph, refits or {})
     _resize_torch_modules(result)
-    _fit_attributes(model, result, resolved, pruned_graph)
+    with evaluating(model), evaluating(result.module):
+        _fit_attributes(model, result, resolved, pruned_graph)
     result.layer_widths = layer_widths(model, resolved, result.shapes)
     return result
 
@@ -164,16 +165,15 @@ def _add_biases(
         refit = refits.get(site.name)
         if refit is None or refit.bias is None or site.bias is not None:
             continue
-        path = site.parameter.rpartition(".")[0]
+        path, _, leaf = site.refit_bias.rpartition(".")
         owner = result.module.get_submodule(path)
-        if getattr(owner, "bias", owner) is not None:
+        if leaf != "bias" or getattr(owner, "bias", owner) is not None:
             raise ModelError(
                 f"{path}: recovery adds a bias here, but {type(owner).__name__} has no place for one (expected an "
                 "attribute `bias` that is None). The pruned graph has it; for the module use a recovery without bias"
             )
-        name = f"{path}.bias"
-        assign(result.module, name, tensor_at(pruned_graph, name))
-        result.added[name] = list(refit.bias.shape)
+        assign(result.module, site.refit_bias, tensor_at(pruned_graph, site.refit_bias))
+        result.added[site.refit_bias] = list(refit.bias.shape)
 
 
 def _resize_torch_modules(result: PrunedModule) -> None:
@@ -218,7 +218,7 @@ class _Reading:
 
 
 def _fit_attributes(model: nn.Module, result: PrunedModule, resolved: Resolved, pruned_graph: fx.GraphModule) -> None:
-    ids = _probe(resolved.structure)
+    ids = probe(resolved.structure.analysis.graph_module)
     keys = _readings(model, resolved, ids)
     tried = 0
     best, best_labels = math.inf, ""
@@ -256,13 +256,6 @@ def _with_sum(places: list[range], total: int) -> Iterator[tuple[int, ...]]:
     for i in places[0]:
         if i <= total:
             yield from ((i, *rest) for rest in _with_sum(places[1:], total - i))
-
-
-def _probe(structure: Structure) -> Tensor:
-    (ids,) = structure.analysis.graph_module.graph.find_nodes(op="placeholder")
-    fixed = [n if isinstance(n, int) else d for n, d in zip(ids.meta["val"].shape, (2, 9), strict=True)]
-    device = next(structure.analysis.graph_module.parameters()).device
-    return (torch.arange(fixed[0] * fixed[1]) % 17).view(fixed[0], fixed[1]).to(device)
 
 
 def tolerance(graph_module: fx.GraphModule) -> float:

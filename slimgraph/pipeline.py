@@ -28,7 +28,16 @@ from slimgraph.state import State, attach, state_of
 from slimgraph.text import Tokenizer, calibration_tokens, is_source
 from slimgraph.trace import trace
 
-__all__ = ["Calibration", "Result", "check_carried_out", "micro_batches", "prune", "read_calibration", "run_passes"]
+__all__ = [
+    "Calibration",
+    "Result",
+    "check_carried_out",
+    "micro_batches",
+    "prune",
+    "read_calibration",
+    "run_passes",
+    "samples_at_once",
+]
 
 
 _TOKENS = 4096  # of a micro-batch: enough for full speed, few enough for small machines
@@ -145,7 +154,8 @@ def prune(
     """Make a causal language model smaller.
 
     Args:
-        model: any causal language model that `torch.export` can trace; not changed.
+        model: any causal language model that `torch.export` can trace; not changed. The result shares with it all
+            parameters that nothing was cut of, so that training the one changes the other.
         calibration: token ids (samples, tokens) int64; or, with `tokenizer`, a text, a list of texts, or where a text
             lies: the path of a file or the name of a data set, see `slimgraph.text.calibration_tokens`.
         ratio: share of all parameters that goes; ignored when `recipe` is a `Recipe`.
@@ -176,6 +186,8 @@ def prune(
         RecipeError: there is no such method or recovery.
         CalibrationError: no calibration tokens, too few, or some that the model does not know.
         NumericsError: NaN or infinity in weights or activations.
+        GraphError: an axis rule contradicts the graph, or the graph shows no layers where a pass needs them.
+        EvaluationError: memory runs out with a single sample while the model writes some.
     """
     writes = can_generate(model)
     named = default_method(writes) if recipe is None else recipe
@@ -195,7 +207,7 @@ def prune(
         structure = infer(dense)
     state = State(
         batches=micro_batches(dense, distributed.share(ids), batch, device),
-        at_once=_at_once(dense, ids, batch),
+        at_once=samples_at_once(dense, ids, batch),
         combine=distributed.combine,
         sizes={name: p.numel() for name, p in model.named_parameters()},
         watch=watch,
@@ -310,11 +322,11 @@ def micro_batches(graph_module: fx.GraphModule, ids: Tensor, batch: int | None, 
     Raises:
         CalibrationError: `batch` is below 1.
     """
-    return [b.to(device) for b in torch.split(ids, _at_once(graph_module, ids, batch))]
+    return [b.to(device) for b in torch.split(ids, samples_at_once(graph_module, ids, batch))]
 
 
-def _at_once(graph_module: fx.GraphModule, ids: Tensor, batch: int | None) -> int:
-    """Samples of a full micro-batch."""
+def samples_at_once(graph_module: fx.GraphModule, ids: Tensor, batch: int | None) -> int:
+    """Samples of a full micro-batch; see `micro_batches`."""
     if batch is not None and batch < 1:
         raise CalibrationError(f"batch is {batch}; expected at least 1 sample at once")
     (inputs,) = graph_module.graph.find_nodes(op="placeholder")

@@ -65,6 +65,8 @@ class _Notes:
 class Shards:
     """A `slimgraph.state.Sink` that writes finished layers to disk.
 
+    As a context manager it removes the folder again where the run ends in an error before its first layer is finished.
+
     Args:
         folder: of the run; made, or gone on with.
         fingerprint: of everything that decides the result.
@@ -107,6 +109,13 @@ class Shards:
         if self._notes.layer >= 0:
             parked = Parking.load(self._parked(self._notes.layer), device)
             self._start = (self._notes.layer, parked)
+
+    def __enter__(self) -> Shards:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._notes.layer < 0 and distributed.is_first():
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     # -- what a sweep asks --------------------------------------------------------------------------------------------
 
@@ -217,7 +226,7 @@ class Shards:
         out = self._structure.analysis.sources[site.parameter][site.out_dim]
         channels = stays.nonzero().flatten()
         shape = (size(self._structure.analysis.axes.find(out)), len(channels))
-        has_bias = site.bias is not None or f"{site.parameter.rpartition('.')[0]}.bias" in self._notes.files
+        has_bias = site.bias is not None or site.refit_bias in self._notes.files
         bias = self._stand_in(shape[:1]) if has_bias else None
         return Decision(chosen, channels, Refit(self._stand_in(shape), bias))
 
@@ -235,7 +244,7 @@ def _refitted(units: Units, refit: Refit) -> dict[str, Tensor]:
     site = units.site
     found = {site.parameter: refit.weight if site.in_dim == 1 else refit.weight.T}
     if refit.bias is not None:
-        found[site.bias or f"{site.parameter.rpartition('.')[0]}.bias"] = refit.bias
+        found[site.refit_bias] = refit.bias
     return found
 
 
@@ -257,8 +266,8 @@ def _opened(folder: Path, fingerprint: str, resume: bool) -> _Notes:
         raise CheckpointError(f"{file} cannot be read ({error}): delete {folder} and start again") from error
     if notes.fingerprint != fingerprint:
         raise CheckpointError(
-            f"{folder} was left by a run with another model, recipe, calibration text, dtype or number of processes; "
-            "repeat the command that was stopped, or delete the folder to start again"
+            f"{folder} was left by a run with another model, recipe, calibration text, dtype, number of samples at once "
+            "or number of processes; repeat the command that was stopped, or delete the folder to start again"
         )
     return notes
 

@@ -82,7 +82,7 @@ class State:
         at_once: samples of a full micro-batch, for passes that add some; None for as many as the first has.
         sizes: parameter name -> number of elements, for all parameters of the whole model.
         importance: "heads" and "channels" -> how units are chosen.
-        fit: how output projections are refitted; None keeps sliced weights.
+        fit: how output projections are refitted; a sweep needs one.
         fit_adds_bias: whether a refitted site gains a bias.
         twin: what the fit needs the dense model beside the pruned one for, "dense" or "stream" (see
             `slimgraph.evidence.TARGETS`); None where it does not.

@@ -21,7 +21,15 @@ from slimgraph import checkpoint, distributed
 from slimgraph.errors import CheckpointError
 from slimgraph.groups import Structure, infer
 from slimgraph.module import prune_module
-from slimgraph.pipeline import Calibration, Result, check_carried_out, micro_batches, read_calibration, run_passes
+from slimgraph.pipeline import (
+    Calibration,
+    Result,
+    check_carried_out,
+    micro_batches,
+    read_calibration,
+    run_passes,
+    samples_at_once,
+)
 from slimgraph.plan import resolve
 from slimgraph.pretrained import check_tokens, load_skeleton
 from slimgraph.products import faster_in
@@ -118,9 +126,9 @@ def prune_checkpoint(
     batches = micro_batches(dense, distributed.share(ids), batch, place)
     folder = run_folder(target)
     try:
-        shards = Shards(
+        with Shards(
             folder,
-            _fingerprint(Path(source), chosen, ids, dtype, place),
+            _fingerprint(Path(source), chosen, ids, samples_at_once(dense, ids, batch), dtype, place),
             structure,
             model,
             store,
@@ -129,40 +137,40 @@ def prune_checkpoint(
             place,
             resume=resume,
             watch=watch,
-        )
-        state = State(
-            batches=batches,
-            sizes={name: p.numel() for name, p in model.named_parameters()},
-            similarity=shards.similarity,
-            watch=watch,
-            progress=progress,
-            weights=store,
-            combine=distributed.combine,
-            sink=shards,
-            scores={} if keep_scores else None,
-        )
-        pruned = run_passes(attach(dense, state), chosen.passes)
-        check_carried_out(state)
-        with watch("module"):
-            module = prune_module(model, resolve(structure, state.plan), pruned, state.refits)
-        result = Result(
-            model=None,
-            graph=pruned,
-            structure=structure,
-            plan=state.plan,
-            budget=state.budget,
-            recipe={**chosen.to_dict(), "notes": {**settings, **(notes or {})}},
-            seconds={},
-            similarity=state.similarity,
-            module_failure=f"the weights were written to {out} and are not in memory; load them from there",
-            _pruned=module,
-            parameters_before=sum(state.sizes.values()),
-            scores=state.scores,
-        )
-        with watch("write"):
-            if distributed.is_first():
-                _finish(shards, module.module, result, folder, target, tokenizer)
-            distributed.barrier()
+        ) as shards:
+            state = State(
+                batches=batches,
+                sizes={name: p.numel() for name, p in model.named_parameters()},
+                similarity=shards.similarity,
+                watch=watch,
+                progress=progress,
+                weights=store,
+                combine=distributed.combine,
+                sink=shards,
+                scores={} if keep_scores else None,
+            )
+            pruned = run_passes(attach(dense, state), chosen.passes)
+            check_carried_out(state)
+            with watch("module"):
+                module = prune_module(model, resolve(structure, state.plan), pruned, state.refits)
+            result = Result(
+                model=None,
+                graph=pruned,
+                structure=structure,
+                plan=state.plan,
+                budget=state.budget,
+                recipe={**chosen.to_dict(), "notes": {**settings, **(notes or {})}},
+                seconds={},
+                similarity=state.similarity,
+                module_failure=f"the weights were written to {out} and are not in memory; load them from there",
+                _pruned=module,
+                parameters_before=sum(state.sizes.values()),
+                scores=state.scores,
+            )
+            with watch("write"):
+                if distributed.is_first():
+                    _finish(shards, module.module, result, folder, target, tokenizer)
+                distributed.barrier()
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} could not be written ({type(error).__name__}: {error}); what was at {target} before is "
@@ -192,16 +200,20 @@ def _possible_units(structure: Structure, recipe: Recipe) -> dict[str, Units]:
     return {site.name: units_of(structure, site, mode) for site in structure.prunable_sites()}
 
 
-def _fingerprint(source: Path, recipe: Recipe, ids: Tensor, dtype: torch.dtype, device: torch.device) -> str:
+def _fingerprint(
+    source: Path, recipe: Recipe, ids: Tensor, at_once: int, dtype: torch.dtype, device: torch.device
+) -> str:
     """Of everything that decides the result to the last bit."""
     files: Sequence[Path] = sorted(source.expanduser().glob("*.safetensors"))
+    lowers = any(getattr(p, "dtype", None) for p in recipe.passes)
     described = {
         "files": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files],
         "config": (source.expanduser() / "config.json").read_text(encoding="utf-8"),
         "recipe": recipe.to_dict(),
         "ids": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
         "dtype": str(dtype),
-        "lower": faster_in(torch.bfloat16, device),
+        "at_once": at_once,
+        "lower": lowers and faster_in(torch.bfloat16, device),
         "device": device.type,
         "processes": distributed.world(),
     }

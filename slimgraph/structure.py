@@ -7,8 +7,10 @@ modules that the residual stream runs through one after the other. `slimgraph.gr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import networkx as nx
@@ -60,8 +62,8 @@ class Group:
         layer: index of the layer, None for a group of several layers or of none.
         frozen: why it must not be cut, or None.
         occurrences: every place where it occurs.
-        statistics: nodes that take a mean or variance over it, or choose among its positions; cutting changes what they
-            compute.
+        statistics: nodes that take a mean, variance or sum over it, or choose among its positions; cutting changes what
+            they compute.
         at_least: number of units that must stay.
     """
 
@@ -101,6 +103,7 @@ class Site:
         reads: the node whose value it multiplies: the site's input.
         parameter: the weight; `in_dim` is its contracted dimension, `out_dim` the other one.
         bias: the bias parameter, or None.
+        refit_bias: name of the bias that a refit gives the site: the same, or a free one.
         channels: size of the contracted axis.
         structure: the axis as a term, for people.
         groups: names of the groups whose units are removed here, outermost first. Two for grouped-query attention: kv
@@ -119,6 +122,7 @@ class Site:
     in_dim: int
     out_dim: int
     bias: str | None
+    refit_bias: str
     channels: int
     structure: str
     groups: tuple[str, ...]
@@ -167,18 +171,41 @@ class Structure:
 
     def prunable_sites(self) -> list[Site]:
         """Sites that automatic pruning works on: they write to the residual stream and alone remove their units."""
-        alone: dict[str, int] = {}
-        for site in self.sites:
-            for g in site.groups:
-                alone[g] = alone.get(g, 0) + 1
-        return [
-            s
-            for s in self.sites
-            if s.writes_residual
-            and not s.stacked
-            and s.layer is not None
-            and all(alone[g] == 1 and not self.groups[g].statistics for g in s.groups)
-        ]
+        return [site for site in self.sites if self.left_alone(site) is None]
+
+    def require_sites(self, kinds: str = "both") -> list[Site]:
+        """The prunable sites of a kind: "heads", "channels" or "both".
+
+        Raises:
+            PlanError: there is none.
+        """
+        sites = [site for site in self.prunable_sites() if kinds in ("both", site.kind)]
+        if not sites:
+            raise PlanError("no site can be pruned in this graph; `slimgraph inspect` shows what is frozen and why")
+        return sites
+
+    def left_alone(self, site: Site) -> str | None:
+        """Why automatic pruning does not cut at a site; None where it does."""
+        if any(self.groups[g].statistics for g in site.groups):
+            return "a mean, variance or sum is taken over its units"
+        if site.stacked:
+            return "its weight stacks the projections of many experts"
+        if not site.writes_residual:
+            return "it does not write to the residual stream"
+        if site.layer is None:
+            return "it is part of no layer"
+        if any(self._summed[g] > 1 for g in site.groups):
+            return "its units are summed at other places as well"
+        if any(name in self.tied for name in (site.parameter, site.bias)):
+            return "its weight or bias is read at other places as well, and a refit would change it there"
+        return None
+
+    @cached_property
+    def _summed(self) -> Counter[str]:
+        """Name of a group -> number of nodes that sum over its units."""
+        axes, contractions = self.analysis.axes, self.analysis.contractions
+        places = {(c.node, atom) for c in contractions for atom in axes.atoms(axes.find(c.term))}
+        return Counter(self.atom_groups[atom] for _, atom in places if atom in self.atom_groups)
 
     def boundaries(self) -> list[tuple[str, str]]:
         """For each layer the graph nodes that are its input and its output on the residual stream.
@@ -196,21 +223,17 @@ class Structure:
     def joined(self, site: Site) -> str | None:
         """The node whose value a site's output is added to, where that value is there before the site is reached.
 
-        None where something else than a sum comes first, like the norm that some models put behind a layer's parts.
+        None where something else than a sum comes first, like the norm that some models put behind a layer's parts; and
+        where the sum is itself only a summand, as where attention and feed-forward part read the same value.
         """
         graph = self.analysis.graph_module.graph
         order = {n: i for i, n in enumerate(graph.nodes)}
         node = next(n for n in graph.nodes if n.name == site.node)
-        while len(node.users) == 1:
-            (user,) = node.users
-            if user.target in _UNCHANGED and user.args[0] is node and _width(user) == _width(node):
-                node = user
-                continue
-            others = [a for a in user.args if a is not node]
-            if user.target is not _ADD or user.kwargs or len(others) != 1 or not isinstance(others[0], fx.Node):
-                return None
-            return others[0].name if order[others[0]] < order[node] and self._is_residual(others[0]) else None
-        return None
+        sum_of_both = _only_sum(node)
+        if sum_of_both is None or _only_sum(sum_of_both) is not None:
+            return None
+        others = [a for a in sum_of_both.args if isinstance(a, fx.Node) and order[a] < order[node]]
+        return others[0].name if len(others) == 1 and self._is_residual(others[0]) else None
 
     def _boundary(self, layer: int, nodes: list[fx.Node]) -> tuple[str, str]:
         mine = set(nodes)
@@ -269,6 +292,18 @@ def _prefixes(path: str) -> Iterator[str]:
     steps = path.split(".")
     for i in range(1, len(steps) + 1):
         yield ".".join(steps[:i])
+
+
+def _only_sum(node: fx.Node) -> fx.Node | None:
+    """The sum of two that a value goes into as it is, where it goes nowhere else."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target is _ADD and not user.kwargs:
+            return user
+        if user.target not in _UNCHANGED or user.args[0] is not node or _width(user) != _width(node):
+            return None
+        node = user
+    return None
 
 
 def _width(node: fx.Node) -> Any:

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from slimgraph.errors import GraphError
 from slimgraph.plan import Resolved
 from slimgraph.rules import Resizing, find_rule, operator_name
+from slimgraph.structure import Site
 from slimgraph.trace import call, tensor_at
 
 __all__ = ["Refit", "assign", "prune_graph", "refresh_shapes"]
@@ -78,14 +79,7 @@ def prune_graph(
             _select_created(result, copy, resolved.selections.get(node.name, {}))
     for site in structure.sites:
         if refits and site.name in refits:
-            _refit(
-                result,
-                next(c for n, c in copies.items() if n.name == site.node),
-                site.parameter,
-                site.in_dim,
-                site.bias,
-                refits[site.name],
-            )
+            _refit(result, next(c for n, c in copies.items() if n.name == site.node), site, refits[site.name])
     refresh_shapes(result)
     _check_shapes(resolved, copies)
     result.graph.lint()
@@ -169,22 +163,19 @@ def _select_created(module: fx.GraphModule, node: fx.Node, selections: dict[int,
         made = chosen
 
 
-def _refit(module: fx.GraphModule, node: fx.Node, parameter: str, in_dim: int, bias: str | None, refit: Refit) -> None:
-    old = tensor_at(module, parameter)
-    weight = refit.weight if in_dim == 1 else refit.weight.T
+def _refit(module: fx.GraphModule, node: fx.Node, site: Site, refit: Refit) -> None:
+    old = tensor_at(module, site.parameter)
+    weight = refit.weight if site.in_dim == 1 else refit.weight.T
     if weight.shape != old.shape:
-        raise GraphError(f"{parameter}: a refit of shape {tuple(weight.shape)}, expected {tuple(old.shape)}")
-    assign(module, parameter, nn.Parameter(weight.to(old.dtype).contiguous(), requires_grad=old.requires_grad))
+        raise GraphError(f"{site.parameter}: a refit of shape {tuple(weight.shape)}, expected {tuple(old.shape)}")
+    assign(module, site.parameter, nn.Parameter(weight.to(old.dtype).contiguous(), requires_grad=old.requires_grad))
     if refit.bias is None:
         return
-    new_bias = nn.Parameter(refit.bias.to(old.dtype), requires_grad=old.requires_grad)
-    if bias is not None:
-        assign(module, bias, new_bias)
+    assign(module, site.refit_bias, nn.Parameter(refit.bias.to(old.dtype), requires_grad=old.requires_grad))
+    if site.bias is not None:
         return
-    name = f"{parameter.rpartition('.')[0]}.bias".lstrip(".")
-    assign(module, name, new_bias)
     with module.graph.inserting_before(node):
-        added = module.graph.get_attr(name)
+        added = module.graph.get_attr(site.refit_bias)
     if operator_name(node) == "aten.linear.default":
         node.args = (*node.args[:2], added)
         return

@@ -143,7 +143,7 @@ def sweep(
         def stop(values: Sequence[Tensor], stream: Sequence[Tensor] | None = None) -> Projection | None:
             inputs, dense = _halves(values) if twin else (values, None)
             beside = None if dense is None else Twin(dense, None if stream is None else _halves(stream))
-            evidence = evidence_at(structure, u, inputs, beside, norms, fetch, combine, watch or Stopwatch())
+            evidence = evidence_at(structure, u, batches, inputs, beside, norms, fetch, combine, watch or Stopwatch())
             evidence.require_finite_input()
             decision = decide(u, evidence)
             if decision is None:
@@ -237,6 +237,7 @@ def _named(node: str | None) -> tuple[str, ...]:
 def evidence_at(
     structure: Structure,
     units: Units,
+    batches: Sequence[Tensor],
     inputs: Sequence[Tensor],
     twin: Twin | None,
     norms: Mapping[str, Norms],
@@ -244,7 +245,19 @@ def evidence_at(
     combine: Combine,
     watch: Stopwatch,
 ) -> Evidence:
-    """What is known about a site from its input and from the norms that `norm_observers` gathered."""
+    """What is known about a site from its input and from the norms that `norm_observers` gathered.
+
+    Args:
+        structure: of the graph.
+        units: the site's.
+        batches: micro-batches, (samples, tokens) int64 each.
+        inputs: the site's input for each of them, (..., channels).
+        twin: what the dense model holds there, where it runs beside.
+        norms: by node that reads them, of what the projections that feed the site read.
+        fetch: parameters by name.
+        combine: sums over processes.
+        watch: collects the seconds that statistics take.
+    """
     site = units.site
     device = inputs[0].device
     sources = tuple(
@@ -262,6 +275,7 @@ def evidence_at(
         bias=fetch(site.bias) if site.bias else None,
         inputs=inputs,
         twin=twin,
+        samples=[len(b) for b in batches],
         units=units.members.to(device),
         blocks=units.blocks.to(device),
         sources=sources,

@@ -29,6 +29,7 @@ __all__ = [
     "evaluating",
     "is_static",
     "module_path",
+    "probe",
     "retarget",
     "tensor_at",
     "trace",
@@ -112,6 +113,14 @@ def retarget(graph_module: fx.GraphModule, device: torch.device | str) -> None:
         node.args = map_aggregate(node.args, moved)
         node.kwargs = map_aggregate(node.kwargs, moved)
     graph_module.recompile()
+
+
+def probe(graph_module: fx.GraphModule) -> Tensor:
+    """(batch, tokens) int64: a few tokens that every vocabulary has, of a shape that the graph takes."""
+    (ids,) = graph_module.graph.find_nodes(op="placeholder")
+    fixed = [n if isinstance(n, int) else d for n, d in zip(ids.meta["val"].shape, (2, 9), strict=True)]
+    device = next(graph_module.parameters()).device
+    return (torch.arange(fixed[0] * fixed[1]) % 17).view(fixed[0], fixed[1]).to(device)
 
 
 def tensor_at(module: nn.Module, name: str) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import decoder, make, own_graph, tokens
+from decoders import Toy, decoder, make, own_graph, tokens
 from reference import random_site
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import slimgraph
@@ -208,6 +208,13 @@ def test_taylor_refuses_what_it_cannot_do() -> None:
         run_passes(graph, [Taylor()])
     state_on(graph, weights=lambda name: torch.zeros(1))
     with pytest.raises(ModelError, match="whole model in memory"):
+        run_passes(graph, [Taylor()])
+
+
+def test_taylor_says_that_nothing_can_be_cut() -> None:
+    graph = trace(Toy(nn.Linear(8, 8)))
+    state_on(graph)
+    with pytest.raises(PlanError, match="no site can be pruned in this graph"):
         run_passes(graph, [Taylor()])
 
 

@@ -117,6 +117,14 @@ def test_no_sample_ends_early(end: int | list[int]) -> None:
     assert torch.isin(generate(model_with(eos_token_id=None), SAME_START, 70), torch.tensor(end)).any()
 
 
+def test_no_token_is_the_end_where_that_is_minus_1() -> None:
+    """Configurations say so that there is none."""
+    last = model_with().config.vocab_size - 1
+    logits = torch.zeros(1, last + 1)
+    assert _draw(logits, 1.0, [-1], torch.tensor([0.9999], dtype=torch.float64)).item() == last
+    assert _draw(logits, 1.0, [last], torch.tensor([0.9999], dtype=torch.float64)).item() == last - 1
+
+
 def test_the_seed_decides_and_nothing_else_changes() -> None:
     model = model_with().train()
     before = copy.deepcopy(model.state_dict())

@@ -379,6 +379,12 @@ def test_the_residual_value_is_named_where_the_output_is_simply_added_to_it() ->
             assert middle in {n.name for n in nodes[after].all_input_nodes}
 
 
+def test_beside_a_parallel_part_an_output_is_not_simply_added_to_the_stream() -> None:
+    """The sum of both parts is only a summand: what the stream lost is not what the other part lost."""
+    structure = decoder("gpt_neox").structure
+    assert [structure.joined(s) for s in structure.prunable_sites()] == [None] * 4
+
+
 def test_a_norm_behind_the_block_comes_before_the_sum() -> None:
     structure = decoder("gemma3").structure
     assert [structure.joined(s) for s in structure.prunable_sites()] == [None] * 4
@@ -491,6 +497,24 @@ def test_every_other_sample_is_counted_over_all_micro_batches() -> None:
         for first in (0, 1):
             close(torch.cat(list(parts.every(2, first).inputs)), samples[first::2])
         assert recover.held_out_prior(parts, torch.arange(3)) == recover.held_out_prior(whole, torch.arange(3))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_samples_are_held_out_whole_however_a_site_reads_them(family: str) -> None:
+    """Some projections read all tokens of a micro-batch as rows of one matrix."""
+    made = decoder(family)
+    site = sites_of(made.structure)[0]
+    seen: list[list[Tensor]] = []
+
+    def look(units: Units, evidence: Evidence) -> None:
+        shape = (-1, IDS.shape[1], evidence.weight.shape[1])
+        seen.append([torch.cat([x.view(shape) for x in part.inputs]) for part in (evidence, evidence.every(2, 1))])
+        with pytest.raises(CalibrationError, match=f"{len(IDS)} calibration samples cannot be split in 99"):
+            evidence.every(99, 98)
+
+    sweep(made.structure, IDS.split(4), [site], look)
+    ((whole, odd),) = seen
+    close(odd, whole[1::2])
 
 
 def test_one_sample_cannot_be_held_out() -> None:

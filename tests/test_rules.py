@@ -373,9 +373,9 @@ CASES = [
         "x(a ~b) -> (a 1), (a 1)",
     ),
     Case("aten.std_mean", on(aten.std_mean.correction, (3, 4), [1], correction=0), "x(a ~b) -> (a), (a)"),
-    Case("aten.sum", on(aten.sum.dim_IntList, (3, 4, 5), [0, -1]), "x(a b c) -> (b)"),
-    Case("aten.sum", on(aten.sum.dim_IntList, (3, 4, 5), [1], True), "x(a b c) -> (a 1 c)"),
-    Case("aten.sum", on(aten.sum.default, (3, 4)), "x(a b) -> ()"),
+    Case("aten.sum", on(aten.sum.dim_IntList, (3, 4, 5), [0, -1]), "x(~a b ~c) -> (b)"),
+    Case("aten.sum", on(aten.sum.dim_IntList, (3, 4, 5), [1], True), "x(a ~b c) -> (a 1 c)"),
+    Case("aten.sum", on(aten.sum.default, (3, 4)), "x(~a ~b) -> ()"),
     Case("aten.amax", on(aten.amax.default, (3, 4), [1]), "x(a 4!) -> (a)"),
     Case("aten.amin", on(aten.amin.default, (3, 4), [0], True), "x(3! a) -> (1 a)"),
     Case("aten.max.dim", on(aten.max.dim, (3, 4), 1), "x(a 4!) -> (a), (a)"),
@@ -582,7 +582,7 @@ UNUSUAL = [
     ("narrow counted from the end", on(aten.narrow.default, (2, 9), 1, -4, 2), "x(a b|c|d) -> (a c)"),
     ("narrow counted to the end", on(aten.narrow.default, (2, 9), 1, -4, 4), "x(a b|c) -> (a c)"),
     ("tile by fewer numbers than dimensions", on(aten.tile.default, (3, 4), [2]), "x(a b) -> (a c×b)"),
-    ("sum over named dimensions", on(aten.sum.dim_IntList, (3, 4), dim=[1], keepdim=True), "x(a b) -> (a 1)"),
+    ("sum over named dimensions", on(aten.sum.dim_IntList, (3, 4), dim=[1], keepdim=True), "x(a ~b) -> (a 1)"),
     (
         "convolution by channel with named groups",
         lambda b: b(aten.conv1d.default, b.source("x", 2, 4, 9), b.source("w", 4, 1, 3), groups=4),
@@ -669,6 +669,23 @@ def test_an_operator_without_a_rule_is_no_refusal_where_nothing_could_be_cut() -
     bench = Bench()
     bench(mystery, bench.ids)
     assert infer(bench.module()).refusals == []
+
+
+@pytest.mark.parametrize(
+    ("build", "why"),
+    [
+        (lambda b, x: b(aten.einsum.default, "...i,oi->...o", [x, b.source("w", 4, 6)]), "every axis"),
+        (lambda b, x: b(aten.repeat_interleave.self_int, x, 2), "it goes over all dimensions at once"),
+    ],
+)
+def test_what_a_rule_does_not_cover_is_frozen_as_if_there_were_none(build: Any, why: str) -> None:
+    bench = Bench()
+    build(bench, bench.source("x", 3, 6))
+    structure = infer(bench.module())
+    (refusal,) = structure.refusals
+    assert refusal.why.endswith(why)
+    assert refusal.frozen[:2] == ("x[0]:3", "x[1]:6")
+    assert str(structure.groups["x[1]"].frozen).endswith(f"has no axis rule for this: {refusal.why}")
 
 
 def test_a_rule_can_be_registered_from_outside() -> None:

@@ -19,14 +19,16 @@ from torch import Tensor, nn
 
 import slimgraph
 from slimgraph import distributed
-from slimgraph.errors import CheckpointError, ModelError
+from slimgraph.capacity import memory_free
+from slimgraph.errors import CheckpointError, ModelError, PlanError
 from slimgraph.execute import Parking, run
+from slimgraph.passes import Sweep
 from slimgraph.pretrained import load_model, load_skeleton
 from slimgraph.recipe import Recipe, method
 from slimgraph.shards import NOTES, Shards, run_folder
 from slimgraph.standins import StandIns
 from slimgraph.store import Store
-from slimgraph.streaming import prune_checkpoint
+from slimgraph.streaming import _fingerprint, prune_checkpoint
 from slimgraph.sweep import layer_similarity
 from slimgraph.trace import tensor_at
 
@@ -215,6 +217,44 @@ def test_a_stopped_run_is_neither_thrown_away_nor_mixed_with_another(
         streamed(source, out, resume=True)
 
 
+def test_a_run_of_which_nothing_can_be_gone_on_from_leaves_nothing(tmp_path: Path) -> None:
+    """So that a wrong command does not stand in the way of the right one."""
+    source, out = saved(tmp_path), tmp_path / "out"
+    with pytest.raises(PlanError, match="reach"):
+        streamed(source, out, recipe=method("slimllm", 0.97))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["dense"]
+    streamed(source, out)
+
+
+def test_a_stopped_run_is_not_gone_on_with_in_other_micro_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = saved(tmp_path), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        kill_at(patched, "after", 0)
+        with pytest.raises(Killed):
+            streamed(source, out)
+    with pytest.raises(CheckpointError, match="number of samples at once"):
+        streamed(source, out, resume=True, batch=2)
+    streamed(source, out, resume=True)
+
+
+def test_how_fast_the_machine_is_counts_only_where_a_recipe_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = saved(tmp_path)
+
+    def fingerprints(recipe: Recipe) -> set[str]:
+        found = set()
+        for fast in (False, True):
+            monkeypatch.setattr("slimgraph.streaming.faster_in", lambda *_, fast=fast: fast)
+            found.add(_fingerprint(source, recipe, IDS, 4, torch.float32, torch.device("cpu")))
+        return found
+
+    assert len(fingerprints(RECIPE)) == 1
+    assert len(fingerprints(Recipe((*RECIPE.passes[:-2], Sweep(dtype="bfloat16"))))) == 2
+
+
 def test_a_run_that_fails_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = saved(tmp_path), tmp_path / "out"
     streamed(source, out)
@@ -297,6 +337,19 @@ def test_values_that_do_not_fit_are_parked_on_disk(tmp_path: Path, monkeypatch: 
     assert all(not file.exists() for file in written)
     assert len(seen[0]) == 3
     assert all(a.equal(b) for a, b in zip(seen[0], seen[1 << 30], strict=True))
+
+
+def test_what_is_parked_is_bounded_by_the_memory_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device | None] = []
+    monkeypatch.setattr("slimgraph.execute.memory_free", lambda device: asked.append(device) or 4 * 100)
+    with Parking(3) as parking:
+        for i, size in enumerate((60, 40, 1)):
+            parking.put(i, {"n": 7, "x": torch.zeros(size, dtype=torch.uint8)})
+            assert len(parking._files) == (1 if i == 2 else 0)
+    assert asked == [torch.device("cpu")]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (11, 22))
+    assert memory_free(torch.device("cuda", 0)) == 11
+    assert memory_free(torch.device("cpu")) > 11
 
 
 @pytest.mark.parametrize("room", [0, 1 << 30])

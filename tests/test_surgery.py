@@ -344,6 +344,15 @@ def test_a_module_that_cannot_be_pruned_says_so_and_leaves_the_graph() -> None:
     close(logits(pruned, IDS), masked_logits(resolved, IDS))
 
 
+def test_a_model_in_training_mode_is_pruned_and_stays_so() -> None:
+    model = make("gpt2", attn_pdrop=0.5, resid_pdrop=0.5).train()
+    result = slimgraph.prune(model, IDS, 0.1, recipe="magnitude", round_to=1)
+    assert result.module_failure is None
+    assert result.model is not None
+    assert model.training
+    assert result.model.training
+
+
 def test_agreement_is_the_relative_difference_of_logits() -> None:
     made = decoder()
     assert agreement(made.model, made.graph, IDS) == 0

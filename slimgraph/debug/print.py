@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from slimgraph.analysis import Refusal
 from slimgraph.groups import Group, Site, Structure, infer
 from slimgraph.pretrained import load_model
 from slimgraph.trace import trace
@@ -146,11 +147,10 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def _layer_lines(structure: Structure, layer: int) -> list[Line]:
     prefix = structure.layers[layer] + "."
-    prunable = {site.name for site in structure.prunable_sites()}
     lines: list[Line] = []
     for site in structure.sites:
         if site.layer == layer:
-            lines += _site_lines(structure, site, prefix, site.name in prunable)
+            lines += _site_lines(structure, site, prefix)
     lines += _inner_lines(structure, prefix)
     for group in structure.groups.values():
         if group.frozen and group.name.startswith(prefix):
@@ -158,12 +158,13 @@ def _layer_lines(structure: Structure, layer: int) -> list[Line]:
     return lines or [Line("nothing that can be removed")]
 
 
-def _site_lines(structure: Structure, site: Site, prefix: str, prunable: bool) -> list[Line]:
+def _site_lines(structure: Structure, site: Site, prefix: str) -> list[Line]:
+    why = structure.left_alone(site)
     groups = [structure.group(name) for name in site.groups]
     origins = dict.fromkeys(f"{o.parameter}[{o.dim}]" for o in site.origins)
     lines = [
         Line(f"{_what(site, groups)}"),
-        Line(f"site: {site.name.removeprefix(prefix)}{'' if prunable else ', ' + _why_not(site, groups)}", 1),
+        Line(f"site: {site.name.removeprefix(prefix)}{'' if why is None else ', left alone: ' + why}", 1),
         Line(f"made by: {_listed(name.removeprefix(prefix) for name in origins) or 'no projection'}", 1),
     ]
     projections = {site.parameter, *(o.parameter for o in site.origins)}
@@ -184,18 +185,6 @@ def _what(site: Site, groups: Sequence[Group]) -> str:
     if len(groups) == 2:
         return f"attention: {groups[0].units} kv groups × {groups[1].units} heads × {inside}"
     return f"attention: {groups[0].units} heads × {inside}"
-
-
-def _why_not(site: Site, groups: Sequence[Group]) -> str:
-    """Why automatic pruning leaves a site alone."""
-    statistics = [node for g in groups for node in g.statistics]
-    if statistics:
-        return f"left alone: a mean or variance is taken over its units ({_listed(statistics)})"
-    if site.stacked:
-        return "left alone: its weight stacks the projections of many experts"
-    if not site.writes_residual:
-        return "left alone: it does not write to the residual stream"
-    return "left alone: its units are summed at other sites as well"
 
 
 def _inner_lines(structure: Structure, prefix: str) -> Iterator[Line]:
@@ -230,7 +219,7 @@ def _residual(structure: Structure) -> list[str]:
             tensors = len({o.source for o in group.occurrences})
             line = f"{group.units} positions, the same ones in {tensors} tensors of all layers: {group.name}"
             if group.statistics:
-                line += f"; {len(group.statistics)} means or variances are taken over it"
+                line += f"; {len(group.statistics)} means, variances or sums are taken over it"
             lines.append(line + (f"; frozen: {group.frozen}" if group.frozen else "") + "; left alone")
     return lines
 
@@ -254,15 +243,14 @@ def _frozen_outside(structure: Structure) -> list[str]:
 
 
 def _refusals(structure: Structure) -> list[str]:
-    by_operator: dict[str, list[str]] = {}
-    axes: dict[str, list[str]] = {}
+    alike: dict[str, list[Refusal]] = {}
     for refusal in structure.refusals:
-        by_operator.setdefault(refusal.operator, []).append(refusal.node)
-        axes.setdefault(refusal.operator, []).extend(refusal.frozen)
-    return [
-        f"{operator} at {_listed(nodes)}: froze {_listed(dict.fromkeys(axes[operator]))}"
-        for operator, nodes in by_operator.items()
-    ]
+        alike.setdefault(refusal.operator + (f" ({refusal.why})" if refusal.why else ""), []).append(refusal)
+    lines = []
+    for what, found in alike.items():
+        axes = dict.fromkeys(axis for refusal in found for axis in refusal.frozen)
+        lines.append(f"{what} at {_listed(refusal.node for refusal in found)}: froze {_listed(axes)}")
+    return lines
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -16,13 +16,13 @@ from slimgraph import checkpoint, hf
 from slimgraph.debug.opened import open_model, original
 from slimgraph.errors import PlanError, SlimgraphError
 from slimgraph.groups import Structure, infer
-from slimgraph.invariants import check_graph, check_masked, differing_parameters, probe
+from slimgraph.invariants import check_graph, check_masked, differing_parameters
 from slimgraph.manifest import Manifest
 from slimgraph.module import agreement, tolerance
 from slimgraph.plan import Plan, resolve
 from slimgraph.pretrained import check_finite, load_model
 from slimgraph.progress import SILENT, Progress
-from slimgraph.trace import canonical_names, trace
+from slimgraph.trace import canonical_names, probe, trace
 from slimgraph.weightfiles import check_stored, stored_tensors, weight_files
 
 __all__ = ["Check", "Verification", "verify"]

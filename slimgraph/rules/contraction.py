@@ -8,8 +8,7 @@ from typing import Any
 from torch import fx
 
 from slimgraph.axes import ONE, Term, size
-from slimgraph.errors import GraphError
-from slimgraph.rules.registry import Context, Contraction, Dims, Resizing, rule
+from slimgraph.rules.registry import Context, Contraction, Dims, NotCoveredError, Resizing, rule
 
 
 @rule("aten.linear", golden="(* i), (o i), (o)? -> (* o)")
@@ -92,7 +91,7 @@ def einsum(cx: Context, pattern: str, tensors: list[Dims], **options: Any) -> Di
     inputs, _arrow, output = pattern.replace(" ", "").partition("->")
     names = inputs.split(",")
     if not output or "." in pattern or any(len(n) != len(t) for n, t in zip(names, tensors, strict=True)):
-        raise GraphError(f"{cx.node.name}: einsum pattern {pattern!r} is not understood; spell out every axis")
+        raise NotCoveredError(f"pattern {pattern!r} does not spell out every axis")
     axes: dict[str, Term] = {}
     for letters, dims in zip(names, tensors, strict=True):
         for letter, term in zip(letters, dims, strict=True):

@@ -30,6 +30,7 @@ def _reduced(x: Dims, dims: Any, keepdim: bool) -> tuple[list[int], Dims]:
     "aten.std",
     "aten.linalg_vector_norm",
     "aten.norm",
+    "aten.sum",
     golden="(* a) -> (*), a statistic over a",
 )
 def statistic(cx: Context, x: Dims, *args: Any, **kwargs: Any) -> Dims | list[Dims]:
@@ -47,12 +48,6 @@ def two_statistics(cx: Context, x: Dims, *args: Any, **kwargs: Any) -> list[Dims
     out = statistic(cx, x, *args, **kwargs)
     assert isinstance(out, tuple)
     return [out, out]
-
-
-@rule("aten.sum", golden="(* a) -> (*)")
-def total(cx: Context, x: Dims, dim: Any = None, keepdim: bool = False, **_: Any) -> Dims:
-    """What is cut drops out of the sum, as a unit that is zero would."""
-    return _reduced(x, dim, keepdim)[1]
 
 
 @rule(

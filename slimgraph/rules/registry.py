@@ -32,6 +32,7 @@ __all__ = [
     "Context",
     "Contraction",
     "Dims",
+    "NotCoveredError",
     "Resize",
     "Rule",
     "SizeOf",
@@ -44,6 +45,13 @@ __all__ = [
 Dims = tuple[Term, ...]
 SizeOf = Callable[[Term], int]
 Resize = Callable[[fx.Node, "Resizing"], None]
+
+
+class NotCoveredError(Exception):
+    """What a rule raises, before it notes or unifies anything, for a use of its operator that it does not cover.
+
+    The node is then treated as one without a rule: what flows through it is frozen, with this message.
+    """
 
 
 @dataclass(frozen=True)
@@ -243,7 +251,7 @@ class Context:
             self.heads.extend(t for t in terms if size(t) > 1)
 
     def statistic(self, term: Term) -> None:
-        """Note an axis over which a mean or variance is taken: cutting it changes the statistic."""
+        """Note an axis over which a mean, variance or sum is taken: cutting it changes the statistic."""
         self.statistics.append((self.node, term))
 
     def choose(self, x: Dims, dim: int, at_least: int = 1) -> None:

@@ -11,8 +11,7 @@ import torch
 from torch import fx
 
 from slimgraph.axes import DATA, ONE, Product, Term, size
-from slimgraph.errors import GraphError
-from slimgraph.rules.registry import Context, Dims, Resizing, rule
+from slimgraph.rules.registry import Context, Dims, NotCoveredError, Resizing, rule
 
 
 def _resize_shape(node: fx.Node, to: Resizing) -> None:
@@ -190,7 +189,7 @@ def _resize_interleave(node: fx.Node, to: Resizing) -> None:
 def _interleave_dim(node: fx.Node) -> int:
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
     if not isinstance(dim, int):
-        raise GraphError(f"{node.name}: repeat_interleave over all dimensions at once is not understood")
+        raise NotCoveredError("it goes over all dimensions at once")
     return dim
 
 
