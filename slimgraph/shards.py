@@ -266,7 +266,7 @@ def _opened(folder: Path, fingerprint: str, resume: bool) -> _Notes:
         raise CheckpointError(f"{file} cannot be read ({error}): delete {folder} and start again") from error
     if notes.fingerprint != fingerprint:
         raise CheckpointError(
-            f"{folder} was left by a run with another model, recipe, calibration text, dtype, number of samples at once "
+            f"{folder} was left by a run with another model, recipe, calibration text, dtype, samples at once "
             "or number of processes; repeat the command that was stopped, or delete the folder to start again"
         )
     return notes

@@ -234,7 +234,7 @@ def test_a_stopped_run_is_not_gone_on_with_in_other_micro_batches(
         kill_at(patched, "after", 0)
         with pytest.raises(Killed):
             streamed(source, out)
-    with pytest.raises(CheckpointError, match="number of samples at once"):
+    with pytest.raises(CheckpointError, match="samples at once"):
         streamed(source, out, resume=True, batch=2)
     streamed(source, out, resume=True)
 
