@@ -243,7 +243,7 @@ class _Builder:
         self, p: _Projection, left_alone: set[Atom], heads: set[Atom]
     ) -> tuple[_Projection, tuple[Atom, ...]] | None:
         """The atoms whose units are removed at a projection: its heads if it has any, else its only atom."""
-        if p.out_dim is None or not self._reads_rows(p):
+        if p.out_dim is None:
             return None
         term = self.axes.find(p.contraction.term)
         if isinstance(term, Atom):
@@ -283,6 +283,7 @@ class _Builder:
             origins=tuple(self._origins(atoms)),
             writes_residual=isinstance(out, Atom) and out in residual,
             stacked=p.stacked,
+            rows=self._reads_rows(p),
         )
 
     def _origins(self, atoms: tuple[Atom, ...]) -> Iterator[Origin]:

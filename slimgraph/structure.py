@@ -111,6 +111,7 @@ class Site:
         origins: the projections that produce the units.
         writes_residual: whether the output goes to the residual stream.
         stacked: whether the weight holds the projections of many experts, picked by an index.
+        rows: whether channels come last in the input and in the output, as in `rows @ weight`.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Site:
     origins: tuple[Origin, ...]
     writes_residual: bool
     stacked: bool = False
+    rows: bool = True
 
 
 @dataclass
@@ -194,6 +196,8 @@ class Structure:
             return "it does not write to the residual stream"
         if site.layer is None:
             return "it is part of no layer"
+        if not site.rows:
+            return "channels do not come last in what it reads or puts out"
         if any(self._summed[g] > 1 for g in site.groups):
             return "its units are summed at other places as well"
         if any(name in self.tied for name in (site.parameter, site.bias)):
