@@ -95,7 +95,7 @@ def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
             module.add_module(step, nn.Module())
         module = getattr(module, step)
     if isinstance(tensor, nn.Parameter):
-        module.register_parameter(leaf, tensor)
+        setattr(module, leaf, tensor)  # also in place of a plain attribute, as of a `bias` that is None
     else:
         module.register_buffer(leaf, tensor)
 

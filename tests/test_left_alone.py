@@ -78,6 +78,13 @@ class Transposing(WeightFirst):
         return torch.einsum("bsi,oi->bos", self.up(x).relu(), self.weight).transpose(1, 2)
 
 
+class Columns(WeightFirst):
+    """Only what goes in is columns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bis,oi->bso", self.up(x).relu().transpose(1, 2), self.weight)
+
+
 class BiasApart(WeightFirst):
     """The bias is there under the name that a refit would give one, and is added by a node of its own."""
 
@@ -99,6 +106,14 @@ class TwoSites(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.first(x).relu() @ self.one + self.second(x).relu() @ self.other
+
+
+class OnePlace(TwoSites):
+    """A place for the bias of one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = None
 
 
 def model_of(*layers: type[nn.Module]) -> Toy:
@@ -127,7 +142,7 @@ def test_a_site_that_a_fit_would_not_be_right_for_is_left_alone(layer: type[nn.M
     assert {s.layer for s in structure.sites for g in s.groups if g in result.plan.cuts} == {1}
 
 
-@pytest.mark.parametrize("layer", [WeightFirst, Transposing])
+@pytest.mark.parametrize("layer", [WeightFirst, Transposing, Columns])
 @pytest.mark.parametrize("length", [8, 9])
 def test_a_projection_of_columns_is_left_alone(layer: type[nn.Module], length: int) -> None:
     """Even where there are as many tokens as channels."""
@@ -154,7 +169,7 @@ def test_biases_alone_keep_the_mean_of_what_a_layer_puts_out(layer: type[nn.Modu
     assert len(set(named)) == len(named)
 
 
-@pytest.mark.parametrize("layer", [BiasApart, TwoSites])
+@pytest.mark.parametrize("layer", [BiasApart, TwoSites, OnePlace])
 def test_a_module_without_a_place_for_a_bias_is_not_pruned(layer: type[nn.Module]) -> None:
     result = slimgraph.prune(model_of(layer), IDS, recipe=Recipe((Magnitude(), LeastSquares(), CUT, Sweep())))
     assert result.model is None
