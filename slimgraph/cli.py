@@ -29,6 +29,8 @@ from slimgraph.errors import SlimgraphError
 
 __all__ = ["app", "main"]
 
+_INTERRUPTED = 130  # exit code of a program that was stopped by Ctrl-C
+
 app = typer.Typer(
     name="slimgraph",
     help="Make decoder language models smaller: structured pruning inferred from the traced graph.",
@@ -56,10 +58,16 @@ def _run(arguments: Sequence[str] | None) -> int:
     except typer.exceptions.TyperException as error:  # wrong usage
         return _complain(f"{error.format_message().rstrip('.')} (see slimgraph --help)", error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("stopped", 130)
-    except BrokenPipeError:  # whoever read the output has enough
-        sys.stderr.close()
+        return _complain("stopped", _INTERRUPTED)
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        sys.stderr.close()  # whoever read the output has enough
         return 141
+    except OSError as error:  # like a full disk under a redirected output; what is ours to write says more
+        return _complain(f"{error}; free space or write elsewhere", 1)
+    if code == _INTERRUPTED:  # which is what an interrupt has become here
+        return _complain("stopped", code)
     return code if isinstance(code, int) else 0
 
 

@@ -278,27 +278,35 @@ def _readings(model: nn.Module, resolved: Resolved, ids: Tensor) -> dict[_Key, l
 
     An attribute that the forward pass reads is tried in every reading. One that it does not read is changed when there
     is only one reading, for whoever looks at it later: one that changes it, and no axis that stays as large as it says.
+
+    A number that is each module's own layer's is no size: it stays as it is, or that is tried first where it is read. A
+    pass without a cache does not tell, as it is with a cache that a layer is looked up by its number.
     """
     axes = _axes_by_module(resolved)
     layers = resolved.structure.layers
     read = integers_read(model, ids)
     found: dict[_Key, list[tuple[str, dict[str, _Axis]]]] = {}
     seen: set[_Key] = set()
+    sizes: set[_Key] = set()  # those that differ from the number of a layer
     for path, owner in model.named_modules():
         layer = next((p for p in layers if path == p or path.startswith(p + ".")), "")
         if isinstance(owner, (nn.Linear, nn.Embedding)):
             continue
         here = {a.role: a for a in axes.get(path, ())}
         for attribute, value in {**integers_of(owner), **read.get(path, {})}.items():
+            key = (path.removeprefix(layer), attribute)
+            if str(value) != layer.rpartition(".")[2]:
+                sizes.add(key)
             if value < 2:
                 continue
-            key = (path.removeprefix(layer), attribute)
             fits = {r: a for r, a in here.items() if a.before == value}
             found.setdefault(key, []).append((path, fits))
             if attribute in read.get(path, {}):
                 seen.add(key)
     readings = {key: _ordered_readings(instances) for key, instances in found.items()}
     clear = {k for k, r in readings.items() if len(r) == 2 and not r[-1].is_axis}
+    for key in readings.keys() - sizes:
+        readings[key].reverse()  # as it was, first
     return {k: r if k in seen else r[:1] for k, r in readings.items() if r and (k in seen or k in clear)}
 
 

@@ -140,14 +140,8 @@ class Plan:
             PlanError: the data has another form.
         """
         try:
-            return cls(
-                {
-                    str(name): Cut(int(c["units"]), tuple(tuple(int(u) for u in row) for row in c["keep"]), c["within"])
-                    for name, c in data.items()
-                    if c is not None
-                },
-                tuple(str(name) for name, c in data.items() if c is None),
-            )
+            cuts = {str(name): _cut(c) for name, c in data.items() if c is not None}
+            return cls(cuts, tuple(str(name) for name, c in data.items() if c is None))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(
                 f"not a plan ({type(error).__name__}: {error}); expected "
@@ -162,6 +156,20 @@ class Plan:
         except json.JSONDecodeError as error:
             raise PlanError(f"not a plan: not JSON ({error})") from error
         return cls.from_dict(data)
+
+
+def _cut(data: Mapping[str, Any]) -> Cut:
+    units, keep, within = data["units"], data["keep"], data["within"]
+    if unknown := data.keys() - {"units", "keep", "within"}:
+        raise ValueError(f"unknown key {min(unknown)!r}")
+    if type(keep) is not list or not all(type(row) is list for row in keep):
+        raise TypeError("keep is no list of lists")
+    for number in (units, *(unit for row in keep for unit in row)):
+        if type(number) is not int:  # nor a bool, which is one of its kinds
+            raise TypeError(f"{number!r} is no whole number")
+    if not isinstance(within, str | None):
+        raise TypeError(f"within is {within!r}")
+    return Cut(units, tuple(map(tuple, keep)), within)
 
 
 @dataclass

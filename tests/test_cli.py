@@ -24,6 +24,7 @@ from slimgraph.commands import options, pruning
 from slimgraph.perplexity import perplexity
 from slimgraph.progress import SILENT
 from slimgraph.recipe import method
+from slimgraph.shards import run_folder
 
 SMALL = ["--samples", "4", "--seq-len", "16"]
 PUBLISHED = [*SMALL, "--method", "slimllm"]
@@ -56,6 +57,43 @@ def model_dir(
     tiny_llama().save_pretrained(directory)
     tiny_tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.mark.parametrize("option", ["--plan", "--scores"])
+def test_a_file_that_is_there_is_not_written_over(
+    option: str, run: Callable[..., Run], model_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text("{}")
+    command = ["prune", model_dir, "--out", tmp_path / "out", option, file, "--calibration", text, *PUBLISHED]
+    assert "mine.json exists, and would be written; give another path, or --force" in run(*command).err
+    assert file.read_text() == "{}"
+    assert run(*command, "--force").code == 0
+    assert len(file.read_text()) > 2
+
+
+def test_a_stopped_program_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_dir: Path, tmp_path: Path
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        run_folder(tmp_path / "out").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pruning, "prune_checkpoint", stop)
+    assert cli._run(["prune", str(model_dir), "--out", str(tmp_path / "out"), "--stream", "--samples", "2"]) == 130
+    seen = capsys.readouterr().err
+    assert "keeps what is finished; repeat the command with --resume" in " ".join(seen.split())
+    assert seen.endswith("slimgraph: error: stopped\n")
+
+
+@pytest.mark.parametrize(("target", "code"), [("| true", 141), ("> /dev/full", 1)])
+def test_output_that_cannot_be_written(target: str, code: int, model_dir: Path) -> None:
+    """Whoever reads it has enough, or a full disk."""
+    line = f"'{sys.executable}' -m slimgraph inspect '{model_dir}' {target}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert ("No space left on device" in done.stderr) == (code == 1)
 
 
 @pytest.fixture(scope="module")

@@ -181,6 +181,14 @@ def test_not_a_number_and_a_wrong_attribute(made: Made, tmp_path: Path) -> None:
     assert "the plan in the manifest leads to" in failures["plan"]
 
 
+def test_a_model_that_does_not_run_fails_the_checks(made: Made, tmp_path: Path) -> None:
+    place = damaged(made, tmp_path / "wrong", lambda weights: None)
+    config = json.loads((place / "config.json").read_text())
+    config["quantization_config"]["attributes"]["model.layers.0.self_attn"] = {"head_dim": 5}
+    (place / "config.json").write_text(json.dumps(config))
+    assert failing(verify(place))["cache"].startswith("RuntimeError: ")
+
+
 def test_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
         verify(tmp_path / "nothing")

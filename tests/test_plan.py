@@ -158,6 +158,12 @@ NO_PLANS = [
     '{"a": {"units": 3, "keep": [0, 1], "within": null}}',
     '{"a": {"units": "many", "keep": [[0]], "within": null}}',
     '{"a": {"units": 3, "keep": [["x"]], "within": null}}',
+    '{"a": {"units": 3, "keep": [[0.7, 1.2]], "within": null}}',
+    '{"a": {"units": 3, "keep": [[true, 2]], "within": null}}',
+    '{"a": {"units": 3, "keep": ["12"], "within": null}}',
+    '{"a": {"units": "3", "keep": [[1, 2]], "within": null}}',
+    '{"a": {"units": 3, "keep": [[1, 2]], "within": 0}}',
+    '{"a": {"units": 3, "keep": [[1, 2]], "within": null, "kept": 1}}',
 ]
 
 

@@ -18,6 +18,7 @@ from decoders import FeedForward, Toy, decoder, logits, make, own_graph, tokens
 from labelled import Kept, free_groups
 from torch import Tensor, fx, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import slimgraph
 from slimgraph.errors import GraphError, ModelError
@@ -324,6 +325,28 @@ def test_attributes_that_hold_old_sizes_are_found() -> None:
         assert list(tensor_at(made.model, name).shape) == module.original_shapes[name] != shape
     for linear in (m for m in module.module.modules() if isinstance(m, nn.Linear)):
         assert (linear.out_features, linear.in_features) == tuple(linear.weight.shape)
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_the_number_of_a_layer_is_not_taken_for_a_width(read: bool) -> None:
+    """Of three layers the last has the number 2, as many as it has heads; no other number could be a width."""
+
+    class Reading(LlamaAttention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            assert self.layer_idx < 3
+            return super().forward(*args, **kwargs)
+
+    model = make(num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2)
+    for layer in model.model.layers if read else ():
+        layer.self_attn.__class__ = Reading
+    structure = infer(trace(model))
+    names = [g.name for g in structure.groups.values() if g.kind == "heads"]
+    resolved = resolve(structure, Plan({name: Cut(2, ((1,),)) for name in names}))
+    pruned = prune_module(model, resolved, prune_graph(resolved)).module
+    assert [layer.self_attn.layer_idx for layer in pruned.model.layers] == [0, 1, 2]
+    with torch.no_grad():
+        cache = pruned(IDS[:, :5], use_cache=True).past_key_values
+        close(pruned(IDS[:, 5:], past_key_values=cache).logits, logits(pruned, IDS)[:, 5:])
 
 
 def test_a_width_that_stays_is_not_taken_for_one_that_goes() -> None:

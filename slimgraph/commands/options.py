@@ -87,14 +87,16 @@ def check_different(models: Sequence[str]) -> None:
         raise ModelError(f"{twice[0]} was given {models.count(twice[0])} times; give each model once")
 
 
-def check_file_target(target: str | Path | None, option: str) -> None:
-    """Before the work, so that it is not lost."""
+def check_file_target(target: str | Path | None, option: str, *, new: bool = False) -> None:
+    """Before the work, so that it is not lost; with `new`, nothing may be there."""
     if target is None or target == "-":
         return
     path = Path(target)
     if path.is_dir() or not path.parent.is_dir():
         found = "is a directory" if path.is_dir() else f"lies in {path.parent}, which is no directory"
         raise CheckpointError(f"{option}: {path} {found}; give the path of a file in a directory that exists")
+    if new and path.exists():
+        raise CheckpointError(f"{option}: {path} exists, and would be written; give another path, or --force")
 
 
 def write_json(target: str | None, data: dict[str, Any]) -> None:

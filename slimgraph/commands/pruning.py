@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +31,7 @@ from slimgraph.pipeline import prune as prune_model
 from slimgraph.pretrained import load_model, load_tokenizer
 from slimgraph.progress import SILENT, Stopwatch
 from slimgraph.recipe import METHODS, Recipe, default_method, recipe_for
+from slimgraph.shards import run_folder
 from slimgraph.streaming import prune_checkpoint
 from slimgraph.text import mixed_tokens
 from slimgraph.units import HEAD_MODES
@@ -75,8 +78,8 @@ def prune_command(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a streamed run that was stopped.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Check every invariant after each pass.")] = False,
-    plan: Annotated[Path | None, typer.Option(help="Also write which units stay, as JSON.")] = None,
-    scores: Annotated[Path | None, typer.Option(help="Also write the score of every unit, as JSON.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Where to write which units stay, as JSON.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="Where to write the score of every unit, as JSON.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
@@ -90,8 +93,8 @@ def prune_command(
     options = _method_options(ratio, heads, round_to, no_recovery, seed)
     chosen = method_name if recipe is None else Recipe.from_file(recipe)
     recipe_for(chosen or default_method(writes=not streams), **options)  # refuses before anything is loaded
-    check_file_target(plan, "--plan")
-    check_file_target(scores, "--scores")
+    check_file_target(plan, "--plan", new=not force)
+    check_file_target(scores, "--scores", new=not force)
     notes = {"model": model, "calibration": ", ".join(calibration or [_DEFAULT_TEXT])}
     if recipe is not None:
         notes["method"] = f"recipe {recipe.name}"
@@ -108,23 +111,24 @@ def prune_command(
                 raise ModelError(
                     "--verify needs the weights in memory; stream without it and run slimgraph verify on the result"
                 )
-            result = prune_checkpoint(
-                model,
-                out,
-                ids,
-                recipe=chosen or default_method(writes=False),
-                **options,
-                tokenizer=tokenizer,
-                dtype=precision,
-                device=where,
-                resume=resume,
-                force=force,
-                keep_scores=scores is not None,
-                trust_remote_code=trust_remote_code,
-                notes=notes,
-                progress=progress,
-                watch=watch,
-            )
+            with _resumable(out):
+                result = prune_checkpoint(
+                    model,
+                    out,
+                    ids,
+                    recipe=chosen or default_method(writes=False),
+                    **options,
+                    tokenizer=tokenizer,
+                    dtype=precision,
+                    device=where,
+                    resume=resume,
+                    force=force,
+                    keep_scores=scores is not None,
+                    trust_remote_code=trust_remote_code,
+                    notes=notes,
+                    progress=progress,
+                    watch=watch,
+                )
         else:
             with watch("load"), progress(f"load {model}"):
                 dense = load_model(model, dtype=precision, device=where, trust_remote_code=trust_remote_code)
@@ -158,7 +162,19 @@ def prune_command(
         f"{notes['calibration']}, seed {seed}, {dtype} on {device}{processes}\n"
     )
     typer.echo(report(result, inner=watch.outer()))
-    typer.echo(f"checkpoint   {out}")
+    typer.echo(f"checkpoint   {out}, {dtype}")
+
+
+@contextlib.contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """Say how to go on with a streamed run that somebody stops."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        folder = run_folder(out.resolve())
+        if folder.exists() and distributed.is_first():
+            typer.echo(f"slimgraph: {folder} keeps what is finished; repeat the command with --resume", err=True)
+        raise
 
 
 def _streams(asked: bool | None, resume: bool, model: str, dtype: torch.dtype) -> bool:

@@ -19,7 +19,7 @@ class LayerReport:
     Attributes:
         layer: its index.
         heads, kv_groups, channels: (before, after); None where the layer has none that were looked at.
-        unit_ratio: share of the units that was asked for there, or that went in several rounds; or None.
+        unit_ratio: share of the units that went, the mean over its sites; None where there is no site.
         similarity: cosine similarity of its input and output on the dense model, or None.
     """
 
@@ -51,21 +51,11 @@ def layers_of(result: Result) -> list[LayerReport]:
                 counts.get("heads"),
                 counts.get("kv"),
                 counts.get("channels"),
-                _unit_ratio(result, layer, shares),
+                1.0 if result.structure.layers[layer] in result.plan.skipped else fmean(shares) if shares else None,
                 result.similarity[layer] if result.similarity else None,
             )
         )
     return found
-
-
-def _unit_ratio(result: Result, layer: int, shares: Sequence[float]) -> float | None:
-    """What was asked for of a layer; after several rounds, of which the last budget knows its own only, what went."""
-    budget = result.budget
-    if budget is None or not budget.unit_ratios:
-        return None
-    asked = budget.unit_ratios.get(layer, 0.0)
-    several = budget.parameters_before < result.parameters_before
-    return fmean(shares) if several and shares and asked < 1 else asked
 
 
 def report(result: Result, *, inner: Mapping[str, str] | None = None) -> str:

@@ -120,6 +120,8 @@ def _outcome(name: str, check: Callable[[], str]) -> Check:
         return Check(name, None, str(reason))
     except SlimgraphError as error:
         return Check(name, False, str(error))
+    except Exception as error:  # a damaged model may fail in any way
+        return Check(name, False, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
 
 
 class _Checks:
