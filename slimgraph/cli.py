@@ -6,7 +6,9 @@ code, 1 for what Slimgraph refuses and 2 for wrong usage; a traceback means a de
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -53,6 +55,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = app(given or ["--help"], standalone_mode=False)
+        sys.stdout.flush()  # here, where it is said if it fails
     except SlimgraphError as error:
         return _complain(str(error), 1)
     except typer.exceptions.TyperException as error:  # wrong usage
@@ -62,13 +65,28 @@ def _run(arguments: Sequence[str] | None) -> int:
     except SystemExit as error:
         if not isinstance(error.__context__, BrokenPipeError):
             raise
-        sys.stderr.close()  # whoever read the output has enough
-        return 141
+        return _unread()
+    except BrokenPipeError:
+        return _unread()
     except OSError as error:  # like a full disk under a redirected output; what is ours to write says more
+        _drop_output()
         return _complain(f"{error}; free space or write elsewhere", 1)
     if code == _INTERRUPTED:  # which is what an interrupt has become here
         return _complain("stopped", code)
     return code if isinstance(code, int) else 0
+
+
+def _unread() -> int:
+    """Whoever read the output has enough."""
+    _drop_output()
+    sys.stderr.close()
+    return 141
+
+
+def _drop_output() -> None:
+    """What could not be written is not tried again at exit."""
+    with contextlib.suppress(OSError):  # not a file of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(message: str, code: int) -> int:

@@ -717,22 +717,6 @@ def test_a_rule_that_contradicts_the_shapes_is_refused_by_name() -> None:
         registry._RULES.pop("test_rules.mystery")
 
 
-NOT_UNDERSTOOD = [
-    (lambda b: b(aten.einsum.default, "...i,...i->...", [b.source("x", 3), b.source("y", 3)]), r"einsum pattern"),
-    (on(aten.repeat_interleave.self_int, (2, 3), 2), r"repeat_interleave over all dimensions"),
-]
-
-
-@pytest.mark.parametrize(("build", "message"), NOT_UNDERSTOOD)
-def test_a_use_that_a_rule_does_not_understand_is_an_error_that_names_the_node(
-    build: Callable[[Bench], fx.Node], message: str
-) -> None:
-    bench = Bench()
-    name = build(bench).name
-    with pytest.raises(GraphError, match=rf"^{name}: .*{message}"):
-        infer(bench.module())
-
-
 def test_a_graph_that_calls_modules_is_refused() -> None:
     bench = Bench()
     bench.root.add_module("inner", torch.nn.Identity())
