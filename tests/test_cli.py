@@ -72,6 +72,13 @@ def test_a_file_that_is_there_is_not_written_over(
     assert len(file.read_text()) > 2
 
 
+def test_a_model_is_not_replaced_by_what_is_made_of_it(run: Callable[..., Run], model_dir: Path) -> None:
+    before = {file.name: file.read_bytes() for file in model_dir.iterdir()}
+    done = run("prune", model_dir, "--out", model_dir, "--force", *PUBLISHED)
+    assert (done.code, "the model itself, which would be lost" in done.err) == (1, True)
+    assert {file.name: file.read_bytes() for file in model_dir.iterdir()} == before
+
+
 def test_a_stopped_program_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_dir: Path, tmp_path: Path
 ) -> None:

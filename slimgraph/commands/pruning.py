@@ -26,7 +26,7 @@ from slimgraph.commands.options import (
     write_text,
 )
 from slimgraph.debug import report
-from slimgraph.errors import ModelError, RecipeError
+from slimgraph.errors import CheckpointError, ModelError, RecipeError
 from slimgraph.pipeline import prune as prune_model
 from slimgraph.pretrained import load_model, load_tokenizer
 from slimgraph.progress import SILENT, Stopwatch
@@ -93,6 +93,8 @@ def prune_command(
     options = _method_options(ratio, heads, round_to, no_recovery, seed)
     chosen = method_name if recipe is None else Recipe.from_file(recipe)
     recipe_for(chosen or default_method(writes=not streams), **options)  # refuses before anything is loaded
+    if Path(model).expanduser().resolve() == out.resolve():
+        raise CheckpointError(f"--out is {out}, the model itself, which would be lost; choose another directory")
     check_file_target(plan, "--plan", new=not force)
     check_file_target(scores, "--scores", new=not force)
     notes = {"model": model, "calibration": ", ".join(calibration or [_DEFAULT_TEXT])}
