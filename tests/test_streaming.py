@@ -131,8 +131,25 @@ class Killed(BaseException):
     """Not an error that anything may catch."""
 
 
-def kill_at(monkeypatch: pytest.MonkeyPatch, place: str, layer: int) -> None:
-    """End the run once, before or within the end of a layer."""
+def stop(
+    monkeypatch: pytest.MonkeyPatch,
+    source: Path,
+    out: Path,
+    place: str = "after",
+    layer: int = 0,
+    *,
+    killed: bool = True,
+) -> None:
+    """A run that ends before, within or after the end of a layer; one that is killed cleans up nothing."""
+    with monkeypatch.context() as patched:
+        end_at(patched, place, layer)
+        if killed:
+            patched.setattr(Shards, "__exit__", lambda *_: None)
+        with pytest.raises(Killed):
+            streamed(source, out)
+
+
+def end_at(monkeypatch: pytest.MonkeyPatch, place: str, layer: int) -> None:
     original = {"layer_done": Shards.layer_done, "save": Parking.save, "finish": Shards.finish}
 
     def layer_done(self: Shards, index: int, parking: Parking) -> None:
@@ -167,11 +184,9 @@ def test_a_stopped_run_goes_on_to_the_same_files(
     source = saved(tmp_path, num_hidden_layers=4, attention_bias=True)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     expected = streamed(source, whole)
-    with monkeypatch.context() as patched:
-        kill_at(patched, place, layer)
-        with pytest.raises(Killed):
-            streamed(source, parts)
+    stop(monkeypatch, source, parts, place, layer)
     assert not parts.exists()
+    assert run_folder(parts).exists()
     found = streamed(source, parts, resume=True)
     assert found.plan == expected.plan
     assert found.similarity == expected.similarity
@@ -181,10 +196,7 @@ def test_a_stopped_run_goes_on_to_the_same_files(
 
 def test_going_on_does_not_repeat_finished_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = saved(tmp_path, num_hidden_layers=4)
-    with monkeypatch.context() as patched:
-        kill_at(patched, "after", 1)
-        with pytest.raises(Killed):
-            streamed(source, tmp_path / "out")
+    stop(monkeypatch, source, tmp_path / "out", layer=1)
     reads: list[str] = []
     read = Store._read
     monkeypatch.setattr(Store, "_read", lambda self, name: reads.append(name) or read(self, name))
@@ -202,10 +214,7 @@ def test_a_stopped_run_is_neither_thrown_away_nor_mixed_with_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = saved(tmp_path), tmp_path / "out"
-    with monkeypatch.context() as patched:
-        kill_at(patched, "after", 0)
-        with pytest.raises(Killed):
-            streamed(source, out)
+    stop(monkeypatch, source, out)
     with pytest.raises(CheckpointError, match=r"left by a run that was stopped: go on with it \(resume\), or delete"):
         streamed(source, out)
     with pytest.raises(CheckpointError, match="another model, recipe, calibration text, dtype"):
@@ -226,14 +235,21 @@ def test_a_run_of_which_nothing_can_be_gone_on_from_leaves_nothing(tmp_path: Pat
     streamed(source, out)
 
 
+@pytest.mark.parametrize(("place", "kept"), [("before", False), ("after", True)])
+def test_an_error_leaves_what_can_be_gone_on_from(
+    place: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = saved(tmp_path), tmp_path / "out"
+    stop(monkeypatch, source, out, place, killed=False)
+    assert run_folder(out).exists() == kept
+    streamed(source, out, resume=True)
+
+
 def test_a_stopped_run_is_not_gone_on_with_in_other_micro_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = saved(tmp_path), tmp_path / "out"
-    with monkeypatch.context() as patched:
-        kill_at(patched, "after", 0)
-        with pytest.raises(Killed):
-            streamed(source, out)
+    stop(monkeypatch, source, out)
     with pytest.raises(CheckpointError, match="samples at once"):
         streamed(source, out, resume=True, batch=2)
     streamed(source, out, resume=True)
