@@ -54,7 +54,7 @@ class Result:
         model: the pruned module, of the same class as the original; None when only the graph could be pruned.
         graph: the pruned graph.
         structure: groups and sites of the dense model.
-        plan: which units stay.
+        plan: which units stay, in units of the model that was given.
         budget: how many, and what that comes to in parameters; None for a recipe without allocation.
         recipe: what made it: the passes, and under "notes" the calibration settings and whatever the caller noted.
         seconds: by stage.
@@ -103,13 +103,19 @@ class Result:
     def manifest(self) -> Manifest:
         """What the checkpoint says about itself, against the class of the model even when that had been pruned before.
 
+        Its plan is then both plans in one, and the recipe of the earlier result is among the notes.
+
         Raises:
             ModelError: only the graph could be pruned.
+            PlanError: units were chosen within one group before and are now chosen within another.
         """
         if self._pruned is None:
             raise ModelError(self.module_failure or "the module was not pruned")
-        own = self._pruned.manifest(self.plan, self.recipe)
-        return own if self._earlier is None else own.after(self._earlier)
+        if self._earlier is None:
+            return self._pruned.manifest(self.plan, self.recipe)
+        both = Plan.from_dict(self._earlier.plan).then(self.plan)
+        noted = {**self.recipe, "notes": {**self.recipe["notes"], "earlier": self._earlier.recipe}}
+        return self._pruned.manifest(both, noted).after(self._earlier)
 
     def save(self, directory: str | Path, *, tokenizer: Any = None, force: bool = False) -> Path:
         """Write an ordinary checkpoint, with the recipe and the plan in its manifest.

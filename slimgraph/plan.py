@@ -85,6 +85,26 @@ class Plan:
         """
         return self._with({name: self._cut_again(name, cut) for name, cut in later.cuts.items()}, later.skipped)
 
+    def since(self, earlier: Plan) -> Plan:
+        """What is left to do in the model that an earlier plan leaves; `earlier.then(plan.since(earlier)) == plan`.
+
+        >>> first = Plan({"out.weight[1]": Cut(units=6, keep=((0, 2, 3, 5),))})
+        >>> both = Plan({"out.weight[1]": Cut(units=6, keep=((2, 5),))})
+        >>> both.since(first).cuts["out.weight[1]"]
+        Cut(units=4, keep=((1, 3),), within=None)
+
+        Raises:
+            PlanError: this plan keeps something that the earlier one does not.
+        """
+        if back := [path for path in earlier.skipped if path not in self.skipped]:
+            raise PlanError(f"layer {back[0]!r} is skipped by the earlier plan and not by this one")
+        for name in earlier.cuts:
+            if name not in self.cuts and not _lies_in(name, self.skipped):
+                raise PlanError(f"group {name!r} is cut by the earlier plan and not by this one")
+        cuts = {name: self._cut_since(name, earlier) for name in self.cuts}
+        skipped = tuple(path for path in self.skipped if path not in earlier.skipped)
+        return Plan({name: cut for name, cut in cuts.items() if cut.kept < cut.units}, skipped)
+
     def _with(self, cuts: Mapping[str, Cut], skipped: Sequence[str]) -> Plan:
         mine = {name: cut for name, cut in self.cuts.items() if not _lies_in(name, skipped)}
         return Plan({**mine, **cuts}, tuple(dict.fromkeys([*self.skipped, *skipped])))
@@ -119,6 +139,26 @@ class Plan:
             return tuple(before[unit] for unit in later.keep[place.get(row, 0)])  # only the length of a lost row counts
 
         return Cut(earlier.units, tuple(map(kept, range(rows))), within)
+
+    def _cut_since(self, name: str, earlier: Plan) -> Cut:
+        """A cut in units of the model that an earlier plan leaves."""
+        both = self.cuts[name]
+        first = earlier.cuts.get(name, Cut(both.units, (tuple(range(both.units)),)))
+        if first.units != both.units or first.within not in (None, both.within):
+            raise PlanError(
+                f"group {name!r} has {both.units} units, chosen within {both.within!r}; the earlier plan was made for "
+                f"{first.units} within {first.within!r}"
+            )
+        outer = None if both.within is None else earlier.cuts.get(both.within)
+        rows = []
+        for row in range(len(both.keep)) if outer is None else outer.keep[0]:
+            there = first.keep[0 if first.within is None else row]
+            if lost := set(both.keep[row]) - set(there):
+                raise PlanError(f"group {name!r} keeps unit {min(lost)}, which the earlier plan removes")
+            rows.append(tuple(there.index(unit) for unit in both.keep[row]))
+        if len(set(rows)) == 1:
+            return Cut(first.kept, (rows[0],))
+        return Cut(first.kept, tuple(rows), both.within)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form: what is kept of each group, and None for each layer that is skipped."""

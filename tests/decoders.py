@@ -37,6 +37,9 @@ LLAMA = {
     "head_dim": 4,
     "max_position_embeddings": 64,
 }
+MANY_HEADS = {"num_attention_heads": 12, "num_key_value_heads": 3}
+"""Changes to a configuration: four heads in each kv group."""
+
 GPT2 = {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_inner": 20}
 NEOX = {
     "vocab_size": VOCABULARY,

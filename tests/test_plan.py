@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import decoder
+from decoders import MANY_HEADS, decoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from labelled import Bench, Kept, aten, conditional_plan, free_groups, random_plan, verify
@@ -94,9 +94,6 @@ def _thinned(structure: Structure, seed: int) -> Plan:
     return Plan(cuts)
 
 
-MANY_HEADS = {"num_attention_heads": 12, "num_key_value_heads": 3}
-
-
 @pytest.mark.parametrize(
     ("family", "changes"), [("llama", MANY_HEADS), ("phi3", MANY_HEADS), ("gpt2", {}), ("gpt_neox", {})]
 )
@@ -106,10 +103,12 @@ def test_one_plan_and_then_another_is_both_at_once(family: str, changes: dict[st
         first = _thinned(dense, seed // 2)
         between = infer(prune_graph(resolve(dense, first)))
         second = _thinned(between, seed)
+        both = first.then(second)
         expected = dict(prune_graph(resolve(between, second)).named_parameters())
-        found = dict(prune_graph(resolve(dense, first.then(second))).named_parameters())
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        for start, plan in ((dense, both), (between, both.since(first))):
+            found = dict(prune_graph(resolve(start, plan)).named_parameters())
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @settings(max_examples=30, deadline=None)
@@ -121,7 +120,9 @@ def test_nothing_and_then_a_plan_is_that_plan(plan: Plan) -> None:
 def test_a_layer_that_a_later_plan_skips_is_not_cut() -> None:
     plan = Plan({"layers.1.a": Cut(3, ((0,),)), "layers.2.a": Cut(3, ((0,),))}, ("layers.0",))
     later = Plan({}, ("layers.1",))
-    assert plan.then(later) == Plan({"layers.2.a": Cut(3, ((0,),))}, ("layers.0", "layers.1"))
+    both = plan.then(later)
+    assert both == Plan({"layers.2.a": Cut(3, ((0,),))}, ("layers.0", "layers.1"))
+    assert both.since(plan) == later
 
 
 NOT_AFTERWARDS = [
@@ -147,6 +148,33 @@ NOT_AFTERWARDS = [
 def test_a_plan_for_another_model_does_not_follow(first: dict[str, Cut], second: dict[str, Cut], message: str) -> None:
     with pytest.raises(PlanError, match=f"^{re.escape(message)}$"):
         Plan(first).then(Plan(second))
+
+
+NOT_SINCE: list[tuple[Plan, Plan, str]] = [
+    (
+        Plan({"a": Cut(3, ((0, 2),))}),
+        Plan({"a": Cut(3, ((1, 2),))}),
+        "group 'a' keeps unit 1, which the earlier plan removes",
+    ),
+    (
+        Plan({"a": Cut(4, ((0, 2),))}),
+        Plan({"a": Cut(3, ((2,),))}),
+        "group 'a' has 3 units, chosen within None; the earlier plan was made for 4 within None",
+    ),
+    (
+        Plan({"a": Cut(3, ((0, 1), (1, 2)), "b")}),
+        Plan({"a": Cut(3, ((1,),))}),
+        "group 'a' has 3 units, chosen within None; the earlier plan was made for 3 within 'b'",
+    ),
+    (Plan({"a": Cut(3, ((0, 2),))}), Plan(), "group 'a' is cut by the earlier plan and not by this one"),
+    (Plan({}, ("layers.0",)), Plan(), "layer 'layers.0' is skipped by the earlier plan and not by this one"),
+]
+
+
+@pytest.mark.parametrize(("earlier", "plan", "message"), NOT_SINCE)
+def test_a_plan_that_did_not_come_after_another(earlier: Plan, plan: Plan, message: str) -> None:
+    with pytest.raises(PlanError, match=f"^{re.escape(message)}$"):
+        plan.since(earlier)
 
 
 NO_PLANS = [

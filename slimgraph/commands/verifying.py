@@ -14,7 +14,9 @@ __all__ = ["verify_command"]
 
 def verify_command(
     model: Annotated[str, typer.Argument(metavar="DIR", help="Directory of a checkpoint.")],
-    against: Annotated[str | None, typer.Option(help="The dense model it was pruned from.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The model it was pruned from, the first one or one in between.")
+    ] = None,
     to_json: Json = None,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,

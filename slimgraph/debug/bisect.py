@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from slimgraph.debug.compare import Distance, Losses
 from slimgraph.debug.findings import Bisection, Layer, Node, Projection
-from slimgraph.debug.opened import Opened, Source, open_model, skipped_in, without_layers
+from slimgraph.debug.opened import Opened, Source, open_model, plan_between, skipped_in, without_layers
 from slimgraph.debug.restore import restorations
 from slimgraph.debug.weave import Strands, Thread, weave
 from slimgraph.errors import CalibrationError, ModelError, PlanError
@@ -64,7 +64,7 @@ def bisect(
         tokens: (n,) int64, one stream; the tail that does not fill a window is left out.
         seq_len: tokens of each window.
         batch: windows at once.
-        plan: which units stayed; by default what the pruned checkpoint says.
+        plan: which units stayed; by default what the checkpoints say.
         threshold: of the accumulated relative error, for `first_past_threshold`.
         restore: also measure what restoring each layer alone does, at the cost of half a run per layer.
         dtype: of weights that are read.
@@ -85,8 +85,8 @@ def bisect(
     with progress("trace"):
         before = open_model(dense, shape=(1, seq_len), **options)
         after = open_model(pruned, shape=(1, seq_len), **options)
-    if plan is None and after.manifest is not None:
-        plan = Plan.from_dict(after.manifest.plan)
+    if plan is None:
+        plan = plan_between(before.manifest, after.manifest)
     before = without_layers(before, skipped_in(before, after, plan))
     _check_alike(before, after)
     resolved = None if plan is None else resolve(before.structure, Plan(plan.cuts))

@@ -12,12 +12,11 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from slimgraph.attributes import integers_of
-from slimgraph.debug.opened import Opened, Source, open_model, original, parameters_of, skipped_in
+from slimgraph.debug.opened import Opened, Source, open_model, original, parameters_of, plan_between, skipped_in
 from slimgraph.debug.report import table
 from slimgraph.debug.weave import align
 from slimgraph.errors import ModelError, PlanError
 from slimgraph.groups import Structure
-from slimgraph.manifest import Manifest
 from slimgraph.plan import Plan, resolve
 from slimgraph.rules import operator_name
 from slimgraph.trace import module_path
@@ -176,7 +175,7 @@ def diff(dense: Source | Opened | None, pruned: Source | Opened, *, trust_remote
             "expected a model and one pruned from it"
         )
     skipped = skipped_in(before, after)
-    groups, notes = _groups(before.structure, after.structure, after.manifest)
+    groups, notes = _groups(before, after)
     return Difference(
         dense=before.name,
         pruned=after.name,
@@ -194,17 +193,17 @@ def diff(dense: Source | Opened | None, pruned: Source | Opened, *, trust_remote
 # ---- what changed ----
 
 
-def _groups(dense: Structure, pruned: Structure, manifest: Manifest | None) -> tuple[list[GroupChange], list[str]]:
+def _groups(dense: Opened, pruned: Opened) -> tuple[list[GroupChange], list[str]]:
     """By the plan where there is one, else by the sizes of the groups of both graphs."""
-    if manifest is not None:
-        plan = Plan.from_dict(manifest.plan)
-        try:
-            resolve(dense, plan)
-        except PlanError as error:
-            notes = [f"the plan is not one for this dense model, so that indices are not known: {error}"]
-            return _by_size(dense, pruned), notes
-        return _by_plan(dense, plan), []
-    return _by_size(dense, pruned), []
+    by_size = _by_size(dense.structure, pruned.structure)
+    try:
+        plan = plan_between(dense.manifest, pruned.manifest)
+        if plan is None:
+            return by_size, []
+        resolve(dense.structure, plan)
+    except PlanError as error:
+        return by_size, [f"the plan is not one for this dense model, so that indices are not known: {error}"]
+    return _by_plan(dense.structure, plan), []
 
 
 def _by_plan(dense: Structure, plan: Plan) -> list[GroupChange]:

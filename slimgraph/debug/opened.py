@@ -28,7 +28,7 @@ from slimgraph.pretrained import load_model
 from slimgraph.trace import canonical_names, retarget, tensor_at, trace
 from slimgraph.weightfiles import stored_tensors, weight_files
 
-__all__ = ["Opened", "open_model", "original", "parameters_of", "skipped_in", "without_layers"]
+__all__ = ["Opened", "open_model", "original", "parameters_of", "plan_between", "skipped_in", "without_layers"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -107,6 +107,22 @@ def open_model(
         return open_model(whole, shape=shape)
     retarget(graph, device)
     return Opened(name, model, structure, fetch, manifest, torch.device(device))
+
+
+def plan_between(dense: Manifest | None, pruned: Manifest | None) -> Plan | None:
+    """Which units of one model stay in another that was made from it, by their manifests; None where none says it.
+
+    Args:
+        dense: of the model before; None for one that was not pruned.
+        pruned: of the model after.
+
+    Raises:
+        PlanError: the one was not made from the other.
+    """
+    if pruned is None:
+        return None
+    whole = Plan.from_dict(pruned.plan)
+    return whole if dense is None else whole.since(Plan.from_dict(dense.plan))
 
 
 def skipped_in(dense: Opened, pruned: Opened, plan: Plan | None = None) -> tuple[str, ...]:

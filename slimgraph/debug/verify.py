@@ -13,8 +13,8 @@ import torch
 from torch import fx, nn
 
 from slimgraph import checkpoint, hf
-from slimgraph.debug.opened import open_model, original
-from slimgraph.errors import PlanError, SlimgraphError
+from slimgraph.debug.opened import open_model, original, plan_between
+from slimgraph.errors import SlimgraphError
 from slimgraph.groups import Structure, infer
 from slimgraph.invariants import check_graph, check_masked, differing_parameters
 from slimgraph.manifest import Manifest
@@ -96,7 +96,7 @@ def verify(
 
     Args:
         directory: of the checkpoint, pruned or ordinary.
-        against: the dense model that it was pruned from, for masked equivalence.
+        against: the model that it was pruned from, the first one or one in between, for masked equivalence.
         trust_remote_code: let checkpoints bring their own modeling code.
         progress: shows what is being checked.
 
@@ -131,7 +131,7 @@ class _Checks:
         self.path, self.manifest, self.against, self.trust = path, manifest, against, trust_remote_code
         self.model: nn.Module | None = None
         self.graph: fx.GraphModule | None = None
-        self.dense: Structure | None = None
+        self.dense: tuple[Structure, Plan] | None = None
 
     def everything(self) -> Iterator[tuple[str, Callable[[], str]]]:
         yield "files", self.files
@@ -194,12 +194,7 @@ class _Checks:
         manifest, model = self._manifest(), self._model()
         plan = Plan.from_dict(manifest.plan)
         structure = open_model(original(model), values=False).structure
-        try:
-            resolved = resolve(structure, plan)
-        except PlanError as error:
-            raise _NotApplicableError(
-                f"the plan is not against the class's own sizes (pruned more than once?): {error}"
-            ) from error
+        resolved = resolve(structure, plan)
         names = canonical_names(model)
         for name, shape in manifest.shapes.items():
             wanted = list(resolved.shape(names.get(name, name)))
@@ -257,7 +252,8 @@ class _Checks:
 
     def slices(self) -> str:
         """Outside the refitted projections every weight is the dense one's slice."""
-        resolved = resolve(self._dense(), Plan.from_dict(self._manifest().plan))
+        dense, plan = self._dense()
+        resolved = resolve(dense, plan)
         differing = differing_parameters(dict(self._model().named_parameters()), resolved)
         if differing:
             raise SlimgraphError(
@@ -268,7 +264,7 @@ class _Checks:
 
     def masked(self) -> str:
         """With refits undone the model is the dense one with the removed units zeroed."""
-        difference = check_masked(self._graph(), self._dense(), Plan.from_dict(self._manifest().plan))
+        difference = check_masked(self._graph(), *self._dense())
         return f"refits undone, logits differ by {difference:.1e} of the largest one"
 
     # -- what several checks need --
@@ -288,8 +284,9 @@ class _Checks:
             raise _NotApplicableError("no manifest: not pruned by slimgraph")
         return self.manifest
 
-    def _dense(self) -> Structure:
-        self._manifest()
+    def _dense(self) -> tuple[Structure, Plan]:
+        """The dense model, and which of its units stay."""
+        manifest = self._manifest()
         if self.against is None:
             raise _NotApplicableError("needs the dense model (--against)")
         if self.dense is None:
@@ -297,7 +294,9 @@ class _Checks:
             if not isinstance(dense, nn.Module):
                 dtype = next(self._model().parameters()).dtype
                 dense = load_model(dense, dtype=dtype, trust_remote_code=self.trust)
-            self.dense = infer(trace(dense, shape=_STATIC_SHAPE))
+            plan = plan_between(hf.manifest_of(dense), manifest)
+            assert plan is not None
+            self.dense = infer(trace(dense, shape=_STATIC_SHAPE)), plan
         return self.dense
 
 
