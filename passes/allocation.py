@@ -33,7 +33,7 @@ class _Allocation(Pass):
             ratio).
         heads: "kv", "balanced" or "auto": what is removed under grouped-query attention; see
             `slimgraph.units.units_of`.
-        round_to: kept channels are a multiple of this.
+        round_to: kept channels are a multiple of this, at sites that have more.
         kinds: sites that are cut: "both", "heads" or "channels".
     """
 

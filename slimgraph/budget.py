@@ -54,7 +54,7 @@ class Goal:
         weights: layer -> how strongly it is cut relative to the others, >= 0; layers not named are left alone.
         sizes: parameter name -> number of elements, for every parameter that counts.
         added: site name -> parameters that recovery adds there once the site is cut.
-        round_to: kept channels are a multiple of this.
+        round_to: kept channels are a multiple of this, at sites that have more.
     """
 
     structure: Structure
@@ -88,7 +88,7 @@ def keep_at(units: Units, ratio: float, round_to: int) -> int:
     Args:
         units: the site's units.
         ratio: share to remove, clipped to 0..1.
-        round_to: multiple that channels are rounded to; heads never are.
+        round_to: multiple that channels are rounded to, at sites that have more; heads never are.
     """
     n = units.block_size
     step = 1 if units.site.kind == "heads" or n <= round_to else round_to

@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _CONFIG = "config.json"
+_TEMPLATES = "additional_chat_templates"  # the one folder that tokenizers write into a checkpoint
 _PARTIAL = ".slimgraph-partial-"  # being written
 _REPLACED = ".slimgraph-replaced-"  # the old checkpoint, while the new one takes its place
 
@@ -222,6 +223,12 @@ def check_target(directory: str | Path, *, force: bool = False) -> None:
         raise CheckpointError(
             f"{target} exists, is not empty and holds no {_CONFIG}, nothing was written: only a checkpoint is ever "
             "replaced; choose another directory"
+        )
+    inner = (each.name for each in sorted(target.iterdir()) if each.is_dir() and each.name != _TEMPLATES)
+    if folder := next(inner, None):
+        raise CheckpointError(
+            f"{target} holds the folder {folder!r} beside a checkpoint, nothing was written: replacing the one would "
+            "delete the other; move it away, or choose another directory"
         )
 
 

@@ -173,7 +173,7 @@ def prune(
         recovery: "least_squares", "regression", "bias_only" or "no_recovery" instead of the method's own; see
             `slimgraph.recipe.method`. This, `heads` and `round_to` are ignored when `recipe` is a `Recipe`.
         heads: "kv", "balanced" or "auto": what goes under grouped-query attention.
-        round_to: kept channels are a multiple of this.
+        round_to: kept channels are a multiple of this, at sites that have more.
         batch: samples that go through the model at once; as many as have 4 096 tokens by default.
         seed: of the drawn windows and, unless `recipe` is a `Recipe`, of what the model writes itself and of random
             scores.

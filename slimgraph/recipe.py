@@ -112,7 +112,7 @@ def method(
         recovery: recipe name of the recovery pass, "least_squares", "regression", "bias_only" or "no_recovery"; the
             method's own by default.
         heads: "kv", "balanced" or "auto".
-        round_to: kept channels are a multiple of this.
+        round_to: kept channels are a multiple of this, at sites that have more.
         seed: of random scores, and of the samples that "slimgraph" has the model write.
 
     Raises:

@@ -83,7 +83,7 @@ def prune_checkpoint(
         recipe: a `Recipe`, or the name of a method.
         recovery: instead of the method's own.
         heads: "kv", "balanced" or "auto".
-        round_to: kept channels are a multiple of this.
+        round_to: kept channels are a multiple of this, at sites that have more.
         batch: samples that go through the model at once; as many as have 4 096 tokens by default.
         seed: of the drawn windows and of random scores.
         dtype: that weights are computed in and written in; statistics are float64, scores and fits of bfloat16 models

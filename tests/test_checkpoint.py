@@ -522,6 +522,16 @@ def test_a_full_directory_is_not_touched(tmp_path: Path) -> None:
     assert (place / "thesis.txt").read_text() == "precious"
 
 
+def test_a_folder_beside_a_checkpoint_is_not_deleted_with_it(tmp_path: Path) -> None:
+    model, manifest = pruned_llama()
+    place = tmp_path / "m"
+    save(model, place, manifest)
+    (place / "additional_chat_templates").mkdir()  # a tokenizer's
+    save(model, place, manifest, force=True)
+    (place / "thesis").mkdir()
+    unsaved(model, place, manifest, "holds the folder 'thesis' beside a checkpoint, nothing was written", force=True)
+
+
 def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
     model, manifest = pruned_llama()
     (tmp_path / "m").mkdir()

@@ -64,7 +64,9 @@ def prune_command(
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of each window.")] = 128,
     seed: Annotated[int, typer.Option(help="Of windows; with --method of written samples and random scores, too.")] = 0,
     heads: Annotated[str | None, typer.Option(help=f"{', '.join(HEAD_MODES)}: what goes of attention.")] = None,
-    round_to: Annotated[int | None, typer.Option(min=1, help="Kept channels are a multiple.  [default: 8]")] = None,
+    round_to: Annotated[
+        int | None, typer.Option(min=1, help="Kept channels are a multiple, at sites that have more.  [default: 8]")
+    ] = None,
     no_recovery: Annotated[bool, typer.Option("--no-recovery", help="Do not refit the output projections.")] = False,
     device: Device = "cpu",
     dtype: Dtype = "float32",
