@@ -287,7 +287,7 @@ def _check_enough(
         raise PlanError(
             f"ratio {needed / before:g} cannot be reached: with every site at its narrowest width"
             f"{' and every layer skipped that is not too large' if layers else ''}, {most / before:.4f} goes. "
-            f"Ask for at most {most / before:.4f}, or for narrower `widths` in a recipe"
+            f"Ask for at most {most / before:.4f}, for narrower `widths` in a recipe, or for another method"
         )
 
 

@@ -162,9 +162,16 @@ def compare(
     ids = {c.name: _token_ids(c, wanted) for c in contenders}  # texts that cannot be read are said before the work
     kept: dict[str, nn.Module] = {}
     entries: list[Entry] = []
+    left_out: list[str] = []
     for contender in contenders:
-        with shown(f"load {contender.name}"):
-            model = contender.load()
+        try:
+            with shown(f"load {contender.name}"):
+                model = contender.load()
+        except PlanError as error:  # a ratio that cannot be reached; what the others came to is not lost for it
+            if not entries:
+                raise
+            left_out.append(f"{contender.name} is left out: {error}")
+            continue
         entries.append(_entry(contender, model, ids[contender.name], wanted, shown))
         if wanted.speed is not None:
             kept[contender.name] = model
@@ -173,7 +180,7 @@ def compare(
     if wanted.speed is not None:
         speeds = bench(kept, wanted.speed, costs={e.name: e.cost for e in entries}, progress=shown)
         entries = [replace(e, speed=m) for e, m in zip(entries, speeds.measurements, strict=True)]
-    return Comparison(tuple(entries), tuple(_notes(wanted, ids, speeds)))
+    return Comparison(tuple(entries), (*_notes(wanted, ids, speeds), *left_out))
 
 
 def pruned_at(
@@ -200,7 +207,8 @@ def pruned_at(
         options: further ones of `slimgraph.pipeline.prune`.
 
     Raises:
-        PlanError: a ratio is out of range. One that cannot be reached is found when its turn comes.
+        PlanError: a ratio is out of range. One that cannot be reached is found when its turn comes, and is left out of
+            a comparison with a note.
     """
 
     def pruned(ratio: float) -> nn.Module:

@@ -181,7 +181,8 @@ class RunFile(_Section):
 
         Args:
             path: of the file.
-            changes: like `calibration.samples=64`, the value in YAML; they go before what the file says.
+            changes: like `calibration.samples=64`, or `passes.sweep.dtype=null` for the one pass of that name, values
+                in YAML; they go before what the file says.
 
         Raises:
             RecipeError: the file cannot be read, or see `from_dict`.
@@ -272,14 +273,32 @@ def _changed(data: Any, changes: Sequence[str]) -> Any:
         *outer, last = path.split(".")
         place = data
         for key in outer:
-            place = place.setdefault(key, {}) if isinstance(place, dict) else None
+            place = _under(place, key)
         if not found or not isinstance(place, dict):
-            raise RecipeError(f"the change {change!r} is none; expected KEY=VALUE, like calibration.samples=64")
+            raise RecipeError(
+                f"the change {change!r} is none; expected KEY=VALUE, like calibration.samples=64, or "
+                "passes.NAME.KEY=VALUE for a pass that the file names once"
+            )
         try:
             place[last] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise RecipeError(f"the change {change!r}: {value!r} is not YAML") from error
     return data
+
+
+def _under(place: Any, key: str) -> Any:
+    """What lies under a key; in a list of passes, the fields of the one with that name. None where there is none."""
+    if isinstance(place, dict):
+        return place.setdefault(key, {})
+    if not isinstance(place, list):
+        return None
+    named = [i for i, each in enumerate(place) if each == key or (isinstance(each, dict) and key in each)]
+    if len(named) != 1:
+        return None
+    (at,) = named
+    if not isinstance(place[at], dict) or place[at][key] is None:  # a pass that is named alone
+        place[at] = {key: {}}
+    return place[at][key]
 
 
 def _settings(section: FinetuneSection) -> FinetuneSettings:

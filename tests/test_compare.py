@@ -144,6 +144,15 @@ def test_what_cannot_be_compared_is_refused(
         plots.plot(Comparison(tuple(replace(e, perplexities={}, tasks={}, speed=None) for e in found.entries)), "a.png")
 
 
+def test_a_ratio_that_cannot_be_reached_costs_its_own_row_only(whole: LlamaForCausalLM) -> None:
+    pruned = pruned_at("a", whole, [0.9, 0.2], torch.zeros(1, 4, dtype=torch.long), method="random", round_to=1)
+    found = compare([Contender("a", lambda: whole), *pruned])
+    assert [e.name for e in found.entries] == ["a", "a -20%"]
+    assert [note for note in found.notes if note.startswith("a -90% is left out: ratio 0.9 cannot be reached")]
+    with pytest.raises(PlanError, match="cannot be reached"):
+        compare(pruned)
+
+
 def test_the_command(
     whole: LlamaForCausalLM,
     tiny_tokenizer: PreTrainedTokenizerFast,

@@ -18,6 +18,7 @@ from slimgraph import cli
 from slimgraph.bench import Settings
 from slimgraph.errors import CalibrationError, CheckpointError, RecipeError
 from slimgraph.finetune import FinetuneSettings
+from slimgraph.passes import Pearson, Sweep, UniformAllocation, WandaSp
 from slimgraph.pretrained import load_model
 from slimgraph.run import CalibrationSection, RunFile, RunReport, run
 
@@ -153,6 +154,24 @@ def test_changes_go_before_the_file(content: dict[str, Any], tmp_path: Path) -> 
     file.write_text("- a")
     with pytest.raises(RecipeError, match="is a mapping"):
         RunFile.from_file(file)
+
+
+def test_changes_reach_into_the_one_pass_of_a_name(content: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    passes = ["wanda_sp", {"uniform_allocation": {"ratio": 0.2}}, "sweep", {"uniform_allocation": {"ratio": 0.1}}]
+    passes += [{"pearson": None}, "sweep"]
+    file.write_text(yaml.safe_dump({**content, "passes": passes[:3]}))
+    changes = ["passes.uniform_allocation.ratio=0.3", "passes.sweep.dtype=bfloat16"]
+    assert RunFile.from_file(file, changes).passes.to_dict()["passes"] == [
+        WandaSp().to_recipe(),
+        UniformAllocation(ratio=0.3).to_recipe(),
+        Sweep(dtype="bfloat16").to_recipe(),
+    ]
+    file.write_text(yaml.safe_dump({**content, "passes": passes}))
+    assert RunFile.from_file(file, ["passes.pearson.search=false"]).passes.passes[4] == Pearson(search=False)
+    for twice_or_never in ("uniform_allocation.ratio", "sweep.dtype", "cosine_allocation.ratio", "0.ratio"):
+        with pytest.raises(RecipeError, match=r"expected KEY=VALUE, .*, or passes\.NAME\.KEY=VALUE"):
+            RunFile.from_file(file, [f"passes.{twice_or_never}=0.3"])
 
 
 def test_fine_tuning_and_comparing_are_given_what_the_file_says(
