@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from slimgraph.cost import Cost, checkpoint_bytes, cost
+from slimgraph.dtypes import dtype_name
 from slimgraph.errors import EvaluationError, ModelError
 from slimgraph.memory import is_out_of_memory, with_smaller_batches
 from slimgraph.peak import peak_growth
@@ -218,7 +219,7 @@ def bench(
         tuple(found),
         chosen,
         str(weights.device),
-        str(weights.dtype).removeprefix("torch."),
+        dtype_name(weights.dtype),
         torch.get_num_threads(),
     )
 

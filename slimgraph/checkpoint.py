@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from slimgraph import hf
+from slimgraph.dtypes import cast_to, dtype_name
 from slimgraph.errors import CheckpointError
 from slimgraph.manifest import Manifest
 from slimgraph.weightfiles import check_stored, stored_tensors, weight_files
@@ -48,6 +49,7 @@ def save(
     *,
     tokenizer: Any = None,
     force: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write a pruned model as a checkpoint that `load` and `from_pretrained` read.
 
@@ -59,12 +61,14 @@ def save(
             against the model before anything is written.
         tokenizer: saved beside the model if given; anything with `save_pretrained`.
         force: replace a checkpoint that is there.
+        dtype: that floating-point parameters are written in; None for the one they have.
 
     Returns:
         `directory`.
 
     Raises:
         CheckpointError: the model or the place is unsuitable, or writing failed. The place is then as it was.
+        NumericsError: a parameter is too large for `dtype`; likewise.
     """
     target = Path(directory).resolve()
     _check_model(model)
@@ -74,7 +78,7 @@ def save(
         hf.attach(model, manifest)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _partial(target) as partial:
+        with _partial(target) as partial, _parameters_in(model, dtype):
             _write(model, partial, tokenizer)
             shapes = {} if manifest is None else manifest.stored_shapes()
             check_stored(stored_tensors(weight_files(partial)), shapes, hf.tied_names(model))
@@ -87,7 +91,9 @@ def save(
     return Path(directory)
 
 
-def write_description(model: nn.Module, manifest: Manifest, directory: Path, *, tokenizer: Any = None) -> None:
+def write_description(
+    model: nn.Module, manifest: Manifest, directory: Path, *, tokenizer: Any = None, dtype: torch.dtype | None = None
+) -> None:
     """Write everything of a checkpoint but its weights into a folder.
 
     Args:
@@ -95,6 +101,7 @@ def write_description(model: nn.Module, manifest: Manifest, directory: Path, *, 
         manifest: in what it differs from its class; checked.
         directory: an existing folder.
         tokenizer: saved as well if given.
+        dtype: that the parameters are written in; None for the one they have.
 
     Raises:
         CheckpointError: the model is not one that can be saved.
@@ -109,6 +116,10 @@ def write_description(model: nn.Module, manifest: Manifest, directory: Path, *, 
             model.save_pretrained(own)  # type: ignore[operator]
         finally:
             quantizer.stores_weights = True
+        if dtype is not None:
+            config = json.loads((own / _CONFIG).read_text(encoding="utf-8"))
+            config["dtype"] = dtype_name(dtype)
+            (own / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for file in own.iterdir():
             if file.suffix != ".safetensors":
                 file.replace(directory / file.name)
@@ -296,6 +307,26 @@ def _write(model: nn.Module, directory: Path, tokenizer: Any) -> None:
     model.save_pretrained(directory)  # type: ignore[operator]
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def _parameters_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Floating-point parameters in another dtype for as long as they are written; None for the one they have."""
+    if dtype is None:
+        yield
+        return
+    config: Any = model.config
+    said = config.dtype  # saving notes what it finds
+    given = [(parameter, parameter.data) for parameter in model.parameters() if parameter.is_floating_point()]
+    try:
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                parameter.data = cast_to(name, parameter.data, dtype)
+        yield
+    finally:
+        config.dtype = said
+        for parameter, data in given:
+            parameter.data = data
 
 
 def publish(partial: Path, target: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from slimgraph.dtypes import dtype_name
 from slimgraph.errors import EvaluationError
 from slimgraph.perplexity import Perplexity, perplexity
 from slimgraph.pretrained import check_finite, check_tokens
@@ -122,7 +123,7 @@ def evaluate(
     first = next(model.parameters())
     return Evaluation(
         parameters=sum(p.numel() for p in model.parameters()),
-        dtype=str(first.dtype).removeprefix("torch."),
+        dtype=dtype_name(first.dtype),
         seq_len=seq_len,
         start=tuple(start),
         perplexities=perplexities,

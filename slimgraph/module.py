@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from slimgraph.attributes import get_attribute, integers_of, integers_read, set_attribute
 from slimgraph.axes import DATA, Atom, Concat, Product, Term, size
 from slimgraph.depth import outputs_of, without_layers
+from slimgraph.dtypes import dtype_name
 from slimgraph.errors import ModelError
 from slimgraph.groups import Structure
 from slimgraph.layer_config import layer_widths
@@ -72,7 +73,7 @@ class PrunedModule:
             added=self.added,
             attributes={k: dict(v) for k, v in self.attributes.items()},
             buffers={
-                k: {"shape": v, "dtype": str(buffers[k].dtype).removeprefix("torch.")}
+                k: {"shape": v, "dtype": dtype_name(buffers[k].dtype)}
                 for k, v in self.shapes.items()
                 if k not in persistent
             },

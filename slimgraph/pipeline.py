@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from slimgraph import checkpoint, distributed, hf
 from slimgraph.budget import Budget
+from slimgraph.dtypes import dtype_name
 from slimgraph.errors import CalibrationError, ModelError, PlanError, SlimgraphError
 from slimgraph.generate import can_generate, generate
 from slimgraph.groups import Structure, infer
@@ -117,13 +118,16 @@ class Result:
         noted = {**self.recipe, "notes": {**self.recipe["notes"], "earlier": self._earlier.recipe}}
         return self._pruned.manifest(both, noted).after(self._earlier)
 
-    def save(self, directory: str | Path, *, tokenizer: Any = None, force: bool = False) -> Path:
+    def save(
+        self, directory: str | Path, *, tokenizer: Any = None, force: bool = False, dtype: torch.dtype | None = None
+    ) -> Path:
         """Write an ordinary checkpoint, with the recipe and the plan in its manifest.
 
         Args:
             directory: where to; its parents are made. It must not exist, or be empty.
             tokenizer: saved beside the model if given; anything with `save_pretrained`.
             force: replace a checkpoint that is there.
+            dtype: that the parameters are written in; None for the one they have.
 
         Returns:
             `directory`.
@@ -131,10 +135,13 @@ class Result:
         Raises:
             ModelError: only the graph could be pruned.
             CheckpointError: the place is unsuitable, or writing failed. The place is then as it was.
+            NumericsError: a parameter is too large for `dtype`; likewise.
         """
         if self.model is None:
             raise ModelError(self.module_failure or "the module was not pruned")
-        return checkpoint.save(self.model, Path(directory), self.manifest(), tokenizer=tokenizer, force=force)
+        return checkpoint.save(
+            self.model, Path(directory), self.manifest(), tokenizer=tokenizer, force=force, dtype=dtype
+        )
 
 
 def prune(
@@ -204,7 +211,7 @@ def prune(
     check_finite(model)
     first = next(model.parameters())
     device = first.device
-    settings["dtype"] = str(first.dtype).removeprefix("torch.")
+    settings["dtype"] = dtype_name(first.dtype)
     if isinstance(named, str):
         settings["method"] = named
     with watch("trace"), (progress or SILENT)("trace"):

@@ -26,7 +26,16 @@ from slimgraph.errors import CalibrationError, ModelError, NumericsError
 from slimgraph.progress import SILENT, Progress
 from slimgraph.standins import StandIns
 
-__all__ = ["cache_dir", "check_finite", "check_tokens", "demo_model", "load_model", "load_skeleton", "load_tokenizer"]
+__all__ = [
+    "cache_dir",
+    "check_finite",
+    "check_tokens",
+    "demo_model",
+    "load_model",
+    "load_skeleton",
+    "load_tokenizer",
+    "own_dtype",
+]
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # one slash at most: any other is a path
 
@@ -76,6 +85,23 @@ def load_model(
     model, report = loaded
     _check_complete(name, model, report)
     return model.to(device).eval()
+
+
+def own_dtype(name_or_dir: str | Path, *, trust_remote_code: bool = False) -> torch.dtype | None:
+    """The dtype that a checkpoint's configuration gives for its weights; None where it gives none.
+
+    Args:
+        name_or_dir: directory of a checkpoint, or a name on the hub (or in its local cache).
+        trust_remote_code: let the checkpoint bring its own code.
+
+    Raises:
+        ModelError: there is no such model, or it is not a causal language model.
+    """
+    name = _located(name_or_dir)
+    with _quietly(), _one_line("model", name) as options:
+        found = _causal_config(name, trust_remote_code, options).dtype
+    dtype: torch.dtype | None = getattr(torch, found) if isinstance(found, str) else found
+    return dtype
 
 
 def load_skeleton(

@@ -26,7 +26,7 @@ from slimgraph.evaluation import Evaluation, evaluate
 from slimgraph.finetune import FinetuneResult, FinetuneSettings, finetune
 from slimgraph.jsontext import json_text
 from slimgraph.pipeline import Result, prune
-from slimgraph.pretrained import load_model, load_tokenizer
+from slimgraph.pretrained import load_model, load_tokenizer, own_dtype
 from slimgraph.progress import SILENT, Progress
 from slimgraph.recipe import Recipe
 from slimgraph.tasks import evaluate_tasks, load_tasks
@@ -140,7 +140,7 @@ class RunFile(_Section):
         model: directory of a checkpoint, or a name on the hub.
         out: folder for everything that is made.
         device: where to compute.
-        dtype: of the weights.
+        dtype: of the weights, as computed and as saved; computed in float32 and saved in the model's own by default.
         trust_remote_code: let the checkpoint bring its own modeling code.
         calibration, finetune, evaluate, compare: the sections; the last three are left out where not wanted.
         passes: how it is pruned, as in a recipe.
@@ -149,7 +149,7 @@ class RunFile(_Section):
     model: str
     out: str
     device: str = "cpu"
-    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
     trust_remote_code: bool = False
     calibration: CalibrationSection = CalibrationSection()
     passes: Annotated[Recipe, BeforeValidator(_recipe), PlainSerializer(lambda recipe: recipe.to_dict()["passes"])]
@@ -247,16 +247,17 @@ def run(plan: RunFile, *, force: bool = False, progress: Progress | None = None)
     """
     progress = progress or SILENT
     report = RunReport(Path(plan.out).expanduser())
-    dtype: torch.dtype = getattr(torch, plan.dtype)
+    dtype = getattr(torch, plan.dtype or "float32")
+    saved = None if plan.dtype else own_dtype(plan.model, trust_remote_code=plan.trust_remote_code)
     load = partial(load_model, dtype=dtype, device=plan.device, trust_remote_code=plan.trust_remote_code)
     settings = None if plan.finetune is None else _settings(plan.finetune)
     tokenizer = load_tokenizer(plan.model, trust_remote_code=plan.trust_remote_code)
     _check_inputs(plan)
     _lay_out(plan, report.directory, force)
 
-    _prune(plan, report, load, tokenizer, progress)
+    _prune(plan, report, load, saved, tokenizer, progress)
     if plan.finetune is not None:
-        _finetune(plan, plan.finetune, settings, report, dtype, progress)
+        _finetune(plan, plan.finetune, settings, report, (dtype, saved), progress)
     if plan.evaluate is not None:
         _evaluate(plan, plan.evaluate, report, load, tokenizer, progress)
     if plan.compare is not None:
@@ -355,7 +356,14 @@ def _finished(report: RunReport, step: str) -> bool:
 # ---- the steps ----
 
 
-def _prune(plan: RunFile, report: RunReport, load: Callable[..., Any], tokenizer: Any, progress: Progress) -> None:
+def _prune(
+    plan: RunFile,
+    report: RunReport,
+    load: Callable[..., Any],
+    saved: torch.dtype | None,
+    tokenizer: Any,
+    progress: Progress,
+) -> None:
     if _finished(report, "pruned"):
         return
     wanted = plan.calibration
@@ -369,7 +377,7 @@ def _prune(plan: RunFile, report: RunReport, load: Callable[..., Any], tokenizer
     result = prune(dense, ids, recipe=plan.passes, seed=wanted.seed, notes=notes, progress=progress)
     if result.model is None:
         raise ModelError(f"{result.module_failure}; nothing was written")
-    result.save(report.checkpoints["pruned"], tokenizer=tokenizer, force=True)
+    result.save(report.checkpoints["pruned"], tokenizer=tokenizer, force=True, dtype=saved)
     report.pruned = result
 
 
@@ -378,7 +386,7 @@ def _finetune(
     section: FinetuneSection,
     settings: FinetuneSettings | None,
     report: RunReport,
-    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, torch.dtype | None],
     progress: Progress,
 ) -> None:
     if _finished(report, "finetuned"):
@@ -394,7 +402,8 @@ def _finetune(
         resume=resume,
         force=not resume,
         device=plan.device,
-        dtype=dtype,
+        dtype=dtypes[0],
+        save_dtype=dtypes[1],
         trust_remote_code=plan.trust_remote_code,
         progress=progress,
     )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from slimgraph import distributed
 from slimgraph.allocator import give_back
 from slimgraph.axes import size
+from slimgraph.dtypes import cast_to
 from slimgraph.errors import CheckpointError, NumericsError
 from slimgraph.execute import Parking
 from slimgraph.groups import Structure
@@ -78,6 +79,7 @@ class Shards:
         device: where parked values go.
         resume: go on with the run that lies in the folder.
         watch: collects the seconds of writing.
+        dtype: that floating-point parameters are written in; None for the one they are fetched in.
 
     Raises:
         CheckpointError: there is a stopped run and `resume` was not asked for; or the run there is another one.
@@ -96,12 +98,15 @@ class Shards:
         *,
         resume: bool = False,
         watch: Stopwatch | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._folder, self._structure, self._fetch, self._stand_in = folder, structure, fetch, stand_in
         self._watch = watch or Stopwatch()
         same = canonical_names(model)
         stored = dict.fromkeys(same[name] for name in model.state_dict())
         self._names = list(stored)
+        self._dtype = dtype
+        self._buffers = {name for name, _ in model.named_buffers()}
         self._refits: dict[str, tuple[Units, Decision]] = {}
         self._notes = _opened(folder, fingerprint, resume)
         self._earlier = {name: self._remembered(units[name], kept) for name, kept in self._notes.units.items()}
@@ -210,6 +215,8 @@ class Shards:
         tensors |= new  # biases that the dense model does not have
         for name, tensor in tensors.items():
             _check_finite(name, tensor)
+            if self._dtype is not None and name not in self._buffers and tensor.is_floating_point():
+                tensors[name] = cast_to(name, tensor.detach(), self._dtype)
         if not tensors:
             return
         whole = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}

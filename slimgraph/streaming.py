@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from slimgraph import checkpoint, distributed
+from slimgraph.dtypes import dtype_name
 from slimgraph.errors import CheckpointError
 from slimgraph.groups import Structure, infer
 from slimgraph.module import prune_module
@@ -61,6 +62,7 @@ def prune_checkpoint(
     batch: int | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
+    save_dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     resume: bool = False,
     force: bool = False,
@@ -86,8 +88,9 @@ def prune_checkpoint(
         round_to: kept channels are a multiple of this, at sites that have more.
         batch: samples that go through the model at once; as many as have 4 096 tokens by default.
         seed: of the drawn windows and of random scores.
-        dtype: that weights are computed in and written in; statistics are float64, scores and fits of bfloat16 models
+        dtype: that weights are computed in; statistics are float64, scores and fits of bfloat16 models
             float32, else float64.
+        save_dtype: that floating-point parameters are written in; None for `dtype`.
         device: where to compute; weights are read ahead of their use.
         resume: go on with a run to `out` that was stopped.
         force: replace a checkpoint that is there.
@@ -104,7 +107,8 @@ def prune_checkpoint(
         ModelError: the model cannot be traced, its files do not hold its weights under their own names, or the module
             cannot be made to agree with the pruned graph; nothing is published then.
         CheckpointError: `out` cannot be written, or a stopped run lies there.
-        PlanError, RecipeError, CalibrationError, NumericsError: as in `slimgraph.prune`.
+        PlanError, RecipeError, CalibrationError, NumericsError: as in `slimgraph.prune`; the last one also where a
+            parameter is too large for `save_dtype`.
     """
     chosen = recipe_for(recipe, ratio, recovery=recovery, heads=heads, round_to=round_to, seed=seed)
     watch, progress, place = watch or Stopwatch(), progress or SILENT, torch.device(device)
@@ -112,7 +116,7 @@ def prune_checkpoint(
     if distributed.is_first():
         checkpoint.check_target(target, force=force)
     ids, settings = read_calibration(calibration, tokenizer, samples, seq_len, seed)
-    settings["dtype"] = str(dtype).removeprefix("torch.")
+    settings["dtype"] = dtype_name(dtype)
     if isinstance(recipe, str):
         settings["method"] = recipe
     with watch("load"):
@@ -128,7 +132,7 @@ def prune_checkpoint(
     try:
         with Shards(
             folder,
-            _fingerprint(Path(source), chosen, ids, samples_at_once(dense, ids, batch), dtype, place),
+            _fingerprint(Path(source), chosen, ids, samples_at_once(dense, ids, batch), (dtype, save_dtype), place),
             structure,
             model,
             store,
@@ -137,6 +141,7 @@ def prune_checkpoint(
             place,
             resume=resume,
             watch=watch,
+            dtype=save_dtype,
         ) as shards:
             state = State(
                 batches=batches,
@@ -169,7 +174,7 @@ def prune_checkpoint(
             )
             with watch("write"):
                 if distributed.is_first():
-                    _finish(shards, module.module, result, folder, target, tokenizer)
+                    _finish(shards, module.module, result, folder, target, tokenizer, save_dtype)
                 distributed.barrier()
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -183,10 +188,16 @@ def prune_checkpoint(
 
 
 def _finish(
-    shards: Shards, model: nn.Module, result: Result, folder: Path, target: Path, tokenizer: Tokenizer | None
+    shards: Shards,
+    model: nn.Module,
+    result: Result,
+    folder: Path,
+    target: Path,
+    tokenizer: Tokenizer | None,
+    dtype: torch.dtype | None,
 ) -> None:
     manifest = result.manifest()
-    checkpoint.write_description(model, manifest, folder, tokenizer=tokenizer)
+    checkpoint.write_description(model, manifest, folder, tokenizer=tokenizer, dtype=dtype)
     shards.finish(result.plan, {name: model.get_buffer(name) for name in manifest.buffers})
     checkpoint.check_written(folder, model, manifest)
     checkpoint.publish(folder, target)
@@ -201,7 +212,12 @@ def _possible_units(structure: Structure, recipe: Recipe) -> dict[str, Units]:
 
 
 def _fingerprint(
-    source: Path, recipe: Recipe, ids: Tensor, at_once: int, dtype: torch.dtype, device: torch.device
+    source: Path,
+    recipe: Recipe,
+    ids: Tensor,
+    at_once: int,
+    dtypes: Sequence[torch.dtype | None],
+    device: torch.device,
 ) -> str:
     """Of everything that decides the result to the last bit."""
     files: Sequence[Path] = sorted(source.expanduser().glob("*.safetensors"))
@@ -211,7 +227,7 @@ def _fingerprint(
         "config": (source.expanduser() / "config.json").read_text(encoding="utf-8"),
         "recipe": recipe.to_dict(),
         "ids": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-        "dtype": str(dtype),
+        "dtypes": [str(dtype) for dtype in dtypes],
         "at_once": at_once,
         "lower": lowers and faster_in(torch.bfloat16, device),
         "device": device.type,

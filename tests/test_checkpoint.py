@@ -33,7 +33,7 @@ from transformers import (
 
 from slimgraph import checkpoint, hf
 from slimgraph.checkpoint import load, load_manifest, save
-from slimgraph.errors import CheckpointError
+from slimgraph.errors import CheckpointError, NumericsError
 from slimgraph.manifest import Manifest
 from slimgraph.weightfiles import weight_files
 
@@ -428,6 +428,39 @@ def test_a_model_in_memory_saves_itself_once_it_is_attached(name: str, tmp_path:
     loaded.save_pretrained(tmp_path / "again")
     assert same(load(tmp_path / "again"), model)
     assert same(copy.deepcopy(loaded), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_are_saved_in_another_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, manifest = pruned_rotary()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    before = {name: (p, p.clone()) for name, p in model.named_parameters()}
+    save(model, tmp_path / "m", manifest, dtype=dtype)
+    assert all(p is before[name][0] and p.equal(before[name][1]) for name, p in model.named_parameters())
+    assert model.dtype == torch.float32
+    assert model.config.dtype in (None, "float32", torch.float32)
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    loaded: Any = load(tmp_path / "m")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    for name, parameter in loaded.named_parameters():
+        assert parameter.equal(before[name][1].to(dtype))
+    for name, buffer in loaded.named_buffers():
+        assert buffer.dtype == torch.float32  # angles have no use for fewer digits
+        assert buffer.equal(model.get_buffer(name))
+
+
+def test_a_weight_that_a_dtype_cannot_hold(tmp_path: Path) -> None:
+    model, manifest = pruned_llama()
+    with torch.no_grad():
+        model.model.norm.weight[3] = 1e5
+    before = model.model.norm.weight.clone()
+    message = r"^the weight model\.norm\.weight holds 1e\+05, which is more than float16 can hold \(6\.55e\+04\); save "
+    with pytest.raises(NumericsError, match=message):
+        save(model, tmp_path / "m", manifest, dtype=torch.float16)
+    assert list(tmp_path.iterdir()) == []
+    assert model.model.norm.weight.equal(before)
+    save(model, tmp_path / "m", manifest, dtype=torch.bfloat16)
 
 
 def test_all_weights_can_be_trained_by_the_trainer(tmp_path: Path) -> None:

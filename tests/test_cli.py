@@ -22,6 +22,7 @@ from slimgraph.capacity import memory_needed
 from slimgraph.checkpoint import load_manifest
 from slimgraph.commands import options, pruning
 from slimgraph.perplexity import perplexity
+from slimgraph.pretrained import load_model, load_tokenizer
 from slimgraph.progress import SILENT
 from slimgraph.recipe import method
 from slimgraph.shards import run_folder
@@ -267,6 +268,19 @@ def test_a_pruned_model_is_pruned_again(run: Callable[..., Run], pruned_dir: Pat
     assert (done.code, done.err) == (0, "")
     counts = [sum(p.numel() for p in slimgraph.load(path).parameters()) for path in (pruned_dir, out)]
     assert counts[1] < counts[0]
+
+
+def test_a_checkpoint_keeps_its_dtype(run: Callable[..., Run], model_dir: Path, text: Path, tmp_path: Path) -> None:
+    load_model(model_dir, dtype=torch.bfloat16).save_pretrained(tmp_path / "narrow")
+    load_tokenizer(model_dir).save_pretrained(tmp_path / "narrow")
+    common = ["prune", tmp_path / "narrow", "--out", tmp_path / "out", "--force", "--calibration", text, *PUBLISHED]
+    for more, dtype in (([], torch.bfloat16), (["--stream"], torch.bfloat16), (["--dtype", "float32"], torch.float32)):
+        done = run(*common, *more)
+        assert f"checkpoint   {tmp_path / 'out'}, {str(dtype).removeprefix('torch.')}\n" in done.out
+        assert "seed 0, float32 on cpu" in done.out
+        assert {p.dtype for p in slimgraph.load(tmp_path / "out").parameters()} == {dtype}
+    run(*common)
+    assert run("verify", tmp_path / "out", "--against", tmp_path / "narrow").code == 0
 
 
 def test_force_replaces_a_checkpoint(

@@ -88,6 +88,22 @@ def test_streaming_equals_pruning_in_memory(
     assert loaded.config.quantization_config.manifest.plan == here.plan.to_dict()
 
 
+def test_weights_are_written_in_another_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, here, there = saved(tmp_path, num_hidden_layers=4), tmp_path / "here", tmp_path / "there"
+    result = slimgraph.prune(slimgraph.load(source), IDS, recipe=RECIPE, batch=4)
+    result.save(here, dtype=torch.bfloat16)
+    stop(monkeypatch, source, there, save_dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match="another model, recipe, calibration text, dtype"):
+        streamed(source, there, resume=True)
+    streamed(source, there, resume=True, save_dtype=torch.bfloat16)
+    found, expected = weights_of(there), weights_of(here)
+    assert found.keys() == expected.keys()
+    assert {t.dtype for t in found.values()} == {torch.bfloat16}
+    assert all(found[name].equal(expected[name]) for name in expected)
+    assert json.loads((there / "config.json").read_text()) == json.loads((here / "config.json").read_text())
+    assert next(slimgraph.load(there).parameters()).dtype == torch.bfloat16
+
+
 def test_a_pruned_checkpoint_is_streamed_again(tmp_path: Path) -> None:
     source, once, twice = saved(tmp_path, num_hidden_layers=3), tmp_path / "once", tmp_path / "twice"
     streamed(source, once)
@@ -139,6 +155,7 @@ def stop(
     layer: int = 0,
     *,
     killed: bool = True,
+    **options: Any,
 ) -> None:
     """A run that ends before, within or after the end of a layer; one that is killed cleans up nothing."""
     with monkeypatch.context() as patched:
@@ -146,7 +163,7 @@ def stop(
         if killed:
             patched.setattr(Shards, "__exit__", lambda *_: None)
         with pytest.raises(Killed):
-            streamed(source, out)
+            streamed(source, out, **options)
 
 
 def end_at(monkeypatch: pytest.MonkeyPatch, place: str, layer: int) -> None:
@@ -264,7 +281,7 @@ def test_how_fast_the_machine_is_counts_only_where_a_recipe_asks(
         found = set()
         for fast in (False, True):
             monkeypatch.setattr("slimgraph.streaming.faster_in", lambda *_, fast=fast: fast)
-            found.add(_fingerprint(source, recipe, IDS, 4, torch.float32, torch.device("cpu")))
+            found.add(_fingerprint(source, recipe, IDS, 4, [torch.float32], torch.device("cpu")))
         return found
 
     assert len(fingerprints(RECIPE)) == 1

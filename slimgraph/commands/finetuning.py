@@ -9,11 +9,11 @@ import typer
 
 from slimgraph.commands.options import (
     Device,
-    Dtype,
     Json,
     Model,
     Trust,
     Verbose,
+    WorkDtype,
     check_file_target,
     device_named,
     dtype_named,
@@ -21,6 +21,7 @@ from slimgraph.commands.options import (
     write_json,
 )
 from slimgraph.finetune import FinetuneSettings, finetune
+from slimgraph.pretrained import own_dtype
 
 __all__ = ["finetune_command"]
 
@@ -57,7 +58,7 @@ def finetune_command(
     temperature: Annotated[float, typer.Option(help="That distributions are softened by.")] = _D.temperature,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     device: Device = "cpu",
-    dtype: Dtype = "float32",
+    dtype: WorkDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
     to_json: Json = None,
     trust_remote_code: Trust = False,
@@ -84,7 +85,7 @@ def finetune_command(
         distillation=distillation,
         temperature=temperature,
     )
-    where, precision = device_named(device), dtype_named(dtype)
+    where, precision = device_named(device), dtype_named(dtype or "float32")
     check_file_target(to_json, "--json")
     result = finetune(
         model,
@@ -96,6 +97,7 @@ def finetune_command(
         force=force,
         device=where,
         dtype=precision,
+        save_dtype=None if dtype else own_dtype(model, trust_remote_code=trust_remote_code),
         trust_remote_code=trust_remote_code,
         progress=progress,
     )

@@ -23,6 +23,7 @@ __all__ = [
     "Model",
     "Trust",
     "Verbose",
+    "WorkDtype",
     "check_different",
     "check_file_target",
     "device_named",
@@ -37,6 +38,14 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Directory of a checkpoint, or a name on the hub.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")]
+WorkDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help=f"Of the weights, as computed and as saved: {', '.join(DTYPES)}.  "
+        "[default: computed in float32, saved in the checkpoint's own]",
+    ),
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modeling code that the checkpoint brings.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what each stage does.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON there; - for standard output.")]

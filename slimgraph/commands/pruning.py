@@ -14,10 +14,10 @@ from slimgraph import checkpoint, distributed
 from slimgraph.capacity import memory_free, memory_needed
 from slimgraph.commands.options import (
     Device,
-    Dtype,
     Model,
     Trust,
     Verbose,
+    WorkDtype,
     check_file_target,
     device_named,
     dtype_named,
@@ -26,9 +26,10 @@ from slimgraph.commands.options import (
     write_text,
 )
 from slimgraph.debug import report
+from slimgraph.dtypes import dtype_name
 from slimgraph.errors import CheckpointError, ModelError, RecipeError
 from slimgraph.pipeline import prune as prune_model
-from slimgraph.pretrained import load_model, load_tokenizer
+from slimgraph.pretrained import load_model, load_tokenizer, own_dtype
 from slimgraph.progress import SILENT, Stopwatch
 from slimgraph.recipe import METHODS, Recipe, default_method, recipe_for
 from slimgraph.shards import run_folder
@@ -69,7 +70,7 @@ def prune_command(
     ] = None,
     no_recovery: Annotated[bool, typer.Option("--no-recovery", help="Do not refit the output projections.")] = False,
     device: Device = "cpu",
-    dtype: Dtype = "float32",
+    dtype: WorkDtype = None,
     stream: Annotated[
         bool | None,
         typer.Option(
@@ -88,7 +89,7 @@ def prune_command(
 ) -> None:
     """Remove a share of a model's parameters and save the smaller model."""
     progress, watch = start(verbose), Stopwatch()
-    precision = dtype_named(dtype)
+    precision = dtype_named(dtype or "float32")
     streams = _streams(stream, resume, model, precision)
     if recipe is not None:
         _check_alone(method_name, ratio, heads, round_to, no_recovery)
@@ -99,6 +100,7 @@ def prune_command(
         raise CheckpointError(f"--out is {out}, the model itself, which would be lost; choose another directory")
     check_file_target(plan, "--plan", new=not force)
     check_file_target(scores, "--scores", new=not force)
+    saved = None if dtype else own_dtype(model, trust_remote_code=trust_remote_code)
     notes = {"model": model, "calibration": ", ".join(calibration or [_DEFAULT_TEXT])}
     if recipe is not None:
         notes["method"] = f"recipe {recipe.name}"
@@ -124,6 +126,7 @@ def prune_command(
                     **options,
                     tokenizer=tokenizer,
                     dtype=precision,
+                    save_dtype=saved,
                     device=where,
                     resume=resume,
                     force=force,
@@ -151,7 +154,7 @@ def prune_command(
                 raise ModelError(f"{result.module_failure}; nothing was written")
             if distributed.is_first():
                 with watch("save"), progress("save"):
-                    result.save(out, tokenizer=tokenizer, force=force)
+                    result.save(out, tokenizer=tokenizer, force=force, dtype=saved)
             distributed.barrier()
         if not distributed.is_first():
             return
@@ -163,10 +166,10 @@ def prune_command(
     processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
     typer.echo(
         f"{result.name} {model}: {result.recipe['notes']['method']}, {samples} x {seq_len} calibration tokens of "
-        f"{notes['calibration']}, seed {seed}, {dtype} on {device}{processes}\n"
+        f"{notes['calibration']}, seed {seed}, {dtype_name(precision)} on {device}{processes}\n"
     )
     typer.echo(report(result, inner=watch.outer()))
-    typer.echo(f"checkpoint   {out}, {dtype}")
+    typer.echo(f"checkpoint   {out}, {dtype_name(saved or precision)}")
 
 
 @contextlib.contextmanager

@@ -107,6 +107,7 @@ def finetune(
     force: bool = False,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    save_dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> FinetuneResult:
@@ -128,6 +129,7 @@ def finetune(
         force: replace a checkpoint that is at `out`, and drop what an earlier run left.
         device: for models that are loaded.
         dtype: of models that are loaded.
+        save_dtype: that floating-point parameters are written in; None for the one they have.
         trust_remote_code: let checkpoints bring their own modeling code.
         progress: shows what is going on; quiet by default.
 
@@ -135,7 +137,7 @@ def finetune(
         ModelError: `peft` is missing, or model, tokenizer or teacher cannot be loaded or do not fit.
         DataError: the records are missing, malformed, too few, or cannot be reached.
         CheckpointError: `out` is taken or cannot be written, or there is nothing to resume from.
-        NumericsError: NaN or infinity in weights, loss or gradients.
+        NumericsError: NaN or infinity in weights, loss or gradients, or a weight too large for `save_dtype`.
     """
     check_peft()
     chosen = settings or FinetuneSettings()
@@ -186,7 +188,7 @@ def finetune(
     if processes.first:
         with shown("save"):
             noted = None if manifest is None else _noted(manifest, result, chosen, _named(data), teacher)
-            checkpoint.save(subject, target, noted, tokenizer=tokenizer, force=force)
+            checkpoint.save(subject, target, noted, tokenizer=tokenizer, force=force, dtype=save_dtype)
         checkpoints.remove()
     return result
 
