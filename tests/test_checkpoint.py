@@ -33,6 +33,7 @@ from transformers import (
 
 from slimgraph import checkpoint, hf
 from slimgraph.checkpoint import load, load_manifest, save
+from slimgraph.dtypes import cast_to
 from slimgraph.errors import CheckpointError, NumericsError
 from slimgraph.manifest import Manifest
 from slimgraph.weightfiles import weight_files
@@ -461,6 +462,8 @@ def test_a_weight_that_a_dtype_cannot_hold(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     assert model.model.norm.weight.equal(before)
     save(model, tmp_path / "m", manifest, dtype=torch.bfloat16)
+    endless = torch.tensor([1.0, math.inf])  # is no smaller in float32
+    assert cast_to("weight", endless, torch.float16).tolist() == [1.0, math.inf]
 
 
 def test_all_weights_can_be_trained_by_the_trainer(tmp_path: Path) -> None:

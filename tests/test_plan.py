@@ -150,6 +150,12 @@ def test_a_plan_for_another_model_does_not_follow(first: dict[str, Cut], second:
         Plan(first).then(Plan(second))
 
 
+def test_a_later_choice_that_is_the_same_everywhere_is_said_once() -> None:
+    first = Plan({"a": Cut(3, ((0, 1), (1, 2)), "b")})
+    later = Plan({"a": Cut(2, ((0,),))})
+    assert first.then(later).since(first) == later
+
+
 NOT_SINCE: list[tuple[Plan, Plan, str]] = [
     (
         Plan({"a": Cut(3, ((0, 2),))}),
