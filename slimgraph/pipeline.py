@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
+from transformers import PreTrainedModel
 
 from slimgraph import checkpoint, distributed, hf
 from slimgraph.budget import Budget
@@ -79,7 +80,7 @@ class Result:
     scores: dict[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
-        # Saving marks the module with the whole manifest; what it was marked with before is needed each time.
+        # The module is marked with the whole manifest later; what it was marked with before is needed each time.
         self._earlier = None if self._pruned is None else hf.manifest_of(self._pruned.module)
 
     @property
@@ -191,7 +192,8 @@ def prune(
         keep_scores: keep the score of every unit at the sites that are cut, in `Result.scores`.
 
     Returns:
-        The pruned model and graph.
+        The pruned model and graph. A transformers model is marked as pruned: its own `save_pretrained` writes what
+        `from_pretrained` reads, and it can be pruned again.
 
     Raises:
         ModelError: the model cannot be traced or is not a causal language model.
@@ -232,7 +234,7 @@ def prune(
     check_carried_out(state)
     with watch("module"):
         module, failure = _prune_module(model, structure, state, pruned)
-    return Result(
+    result = Result(
         model=module.module if module else None,
         graph=pruned,
         structure=structure,
@@ -246,6 +248,9 @@ def prune(
         parameters_before=sum(state.sizes.values()),
         scores=state.scores,
     )
+    if isinstance(result.model, PreTrainedModel):  # its own save_pretrained and a further prune go by the mark
+        hf.attach(result.model, result.manifest())
+    return result
 
 
 def run_passes(

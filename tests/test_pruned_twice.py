@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoders import MANY_HEADS, make, tokens
+from decoders import MANY_HEADS, logits, make, tokens
 
 import slimgraph
+from slimgraph import hf
 from slimgraph.debug.bisect import bisect
 from slimgraph.debug.diff import diff
 from slimgraph.debug.page import html_report
@@ -124,3 +125,16 @@ def test_a_model_that_it_was_not_made_from(chain: Chain, tmp_path: Path) -> None
     assert failed.keys() == {"slices", "masked equivalence"}
     with pytest.raises(PlanError, match="the earlier plan"):
         bisect(tmp_path / "other", chain.last, IDS.flatten(), seq_len=9)
+
+
+def test_results_in_memory_are_pruned_again_and_save_themselves(tmp_path: Path) -> None:
+    dense = make("llama", **MANY_HEADS)
+    first = slimgraph.prune(dense, IDS, recipe=FIRST)
+    second = slimgraph.prune(first.model, IDS, recipe=SECOND)
+    assert [hf.manifest_of(each) is None for each in (dense, first.model, second.model)] == [True, False, False]
+    for name, result in (("first", first), ("second", second)):
+        result.model.save_pretrained(tmp_path / name)
+        loaded = slimgraph.load(tmp_path / name)
+        assert logits(loaded, IDS).equal(logits(result.model, IDS))
+        assert hf.manifest_of(loaded) == result.manifest()
+    assert Plan.from_dict(second.manifest().plan) == first.plan.then(second.plan)
