@@ -274,12 +274,11 @@ def test_a_checkpoint_keeps_its_dtype(run: Callable[..., Run], model_dir: Path, 
     load_model(model_dir, dtype=torch.bfloat16).save_pretrained(tmp_path / "narrow")
     load_tokenizer(model_dir).save_pretrained(tmp_path / "narrow")
     common = ["prune", tmp_path / "narrow", "--out", tmp_path / "out", "--force", "--calibration", text, *PUBLISHED]
-    for more, dtype in (([], torch.bfloat16), (["--stream"], torch.bfloat16), (["--dtype", "float32"], torch.float32)):
+    for more, dtype in ((["--dtype", "float32"], torch.float32), (["--stream"], torch.bfloat16), ([], torch.bfloat16)):
         done = run(*common, *more)
         assert f"checkpoint   {tmp_path / 'out'}, {str(dtype).removeprefix('torch.')}\n" in done.out
         assert "seed 0, float32 on cpu" in done.out
         assert {p.dtype for p in slimgraph.load(tmp_path / "out").parameters()} == {dtype}
-    run(*common)
     assert run("verify", tmp_path / "out", "--against", tmp_path / "narrow").code == 0
 
 

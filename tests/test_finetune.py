@@ -402,8 +402,10 @@ def test_a_narrow_model_stays_narrow(pruned_dir: Path, tmp_path: Path) -> None:
 def test_what_prune_returns_is_taken(
     pruned: slimgraph.Result, pruned_dir: Path, tuned_dir: Path, tmp_path: Path, tokenizer: Any
 ) -> None:
+    unmarked: Any = copy.deepcopy(pruned.model)
+    unmarked.config.quantization_config = None
     with pytest.raises(CheckpointError, match="manifest"):  # without its manifest it would be saved as something else
-        finetune(pruned.model, RECORDS, tmp_path / "out", tokenizer=tokenizer, settings=SHORT)  # type: ignore[arg-type]
+        finetune(unmarked, RECORDS, tmp_path / "out", tokenizer=tokenizer, settings=SHORT)
     finetune(pruned, RECORDS, tmp_path / "out", tokenizer=tokenizer, settings=SHORT)
     assert torch.equal(logits(slimgraph.load(tmp_path / "out")), logits(slimgraph.load(tuned_dir)))
 

@@ -49,7 +49,7 @@ class Chain:
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     place = tmp_path_factory.mktemp("chain")
     dense, between, last = place / "dense", place / "between", place / "last"
-    make("llama", num_hidden_layers=3, **MANY_HEADS).save_pretrained(dense)
+    make("llama", **MANY_HEADS).save_pretrained(dense)
     first = slimgraph.prune(slimgraph.load(dense), IDS, recipe=FIRST)
     first.save(between)
     second = slimgraph.prune(slimgraph.load(between), IDS, recipe=SECOND)

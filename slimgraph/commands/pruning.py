@@ -100,7 +100,6 @@ def prune_command(
         raise CheckpointError(f"--out is {out}, the model itself, which would be lost; choose another directory")
     check_file_target(plan, "--plan", new=not force)
     check_file_target(scores, "--scores", new=not force)
-    saved = None if dtype else own_dtype(model, trust_remote_code=trust_remote_code)
     notes = {"model": model, "calibration": ", ".join(calibration or [_DEFAULT_TEXT])}
     if recipe is not None:
         notes["method"] = f"recipe {recipe.name}"
@@ -110,6 +109,7 @@ def prune_command(
         if distributed.is_first():
             checkpoint.check_target(out, force=force)
         with watch("load"), progress("read the calibration text"):
+            saved = None if dtype else own_dtype(model, trust_remote_code=trust_remote_code)
             tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
             ids = mixed_tokens(calibration or [], tokenizer, samples=samples, seq_len=seq_len, seed=seed)
         if streams:
