@@ -86,7 +86,7 @@ class Plan:
         return self._with({name: self._cut_again(name, cut) for name, cut in later.cuts.items()}, later.skipped)
 
     def since(self, earlier: Plan) -> Plan:
-        """What is left to do in the model that an earlier plan leaves; `earlier.then(plan.since(earlier)) == plan`.
+        """What is left to do in the model that an earlier plan leaves; after that plan it comes to this one.
 
         >>> first = Plan({"out.weight[1]": Cut(units=6, keep=((0, 2, 3, 5),))})
         >>> both = Plan({"out.weight[1]": Cut(units=6, keep=((2, 5),))})

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -389,6 +390,14 @@ def test_a_dense_model_stays_an_ordinary_one(dense_dir: Path, tmp_path: Path) ->
     assert not torch.equal(logits(result.model), logits(slimgraph.load(dense_dir)))
 
 
+def test_weights_are_saved_in_another_dtype(pruned_dir: Path, tuned_dir: Path, tmp_path: Path) -> None:
+    result = finetune(pruned_dir, RECORDS, tmp_path / "out", settings=SHORT, save_dtype=torch.bfloat16)
+    assert next(result.model.parameters()).dtype == torch.float32
+    expected = slimgraph.load(tuned_dir).state_dict()
+    found = slimgraph.load(tmp_path / "out").state_dict()
+    assert all(found[name].equal(expected[name].bfloat16()) for name in expected)
+
+
 def test_a_narrow_model_stays_narrow(pruned_dir: Path, tmp_path: Path) -> None:
     result = finetune(pruned_dir, RECORDS, tmp_path / "out", settings=SHORT, dtype=torch.bfloat16)
     assert result.loss_before is not None
@@ -406,8 +415,10 @@ def test_what_prune_returns_is_taken(
     unmarked.config.quantization_config = None
     with pytest.raises(CheckpointError, match="manifest"):  # without its manifest it would be saved as something else
         finetune(unmarked, RECORDS, tmp_path / "out", tokenizer=tokenizer, settings=SHORT)
-    finetune(pruned, RECORDS, tmp_path / "out", tokenizer=tokenizer, settings=SHORT)
-    assert torch.equal(logits(slimgraph.load(tmp_path / "out")), logits(slimgraph.load(tuned_dir)))
+    expected = logits(slimgraph.load(tuned_dir))
+    for name, model in (("module", copy.deepcopy(pruned.model)), ("result", pruned)):
+        finetune(model, RECORDS, tmp_path / name, tokenizer=tokenizer, settings=SHORT)
+        assert torch.equal(logits(slimgraph.load(tmp_path / name)), expected)
 
 
 # ---- going on ----
@@ -625,9 +636,12 @@ def test_the_command(
 
     monkeypatch.setattr(options, "Progress", lambda **_: SILENT)
     (tmp_path / "data.json").write_text(json.dumps(RECORDS))
-    command = ["finetune", pruned_dir, "--data", tmp_path / "data.json", "--out", tmp_path / "out", "--batch", 4]
+    narrow = shutil.copytree(pruned_dir, tmp_path / "narrow")
+    slimgraph.load(pruned_dir, dtype=torch.bfloat16).save_pretrained(narrow)  # type: ignore[operator]
+    command = ["finetune", narrow, "--data", tmp_path / "data.json", "--out", tmp_path / "out", "--batch", 4]
     result = tmp_path / "result.json"
     assert cli._run([*map(str, command), "--cutoff", "60", "--json", str(result)]) == 0
+    assert next(slimgraph.load(tmp_path / "out").parameters()).dtype == torch.bfloat16
     out, err = capsys.readouterr()
     assert err == ""
     found = json.loads(result.read_text())

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -174,6 +175,14 @@ def test_changes_reach_into_the_one_pass_of_a_name(content: dict[str, Any], tmp_
             RunFile.from_file(file, [f"passes.{twice_or_never}=0.3"])
 
 
+def test_a_model_keeps_its_dtype(content: dict[str, Any], tmp_path: Path) -> None:
+    narrow = shutil.copytree(content["model"], tmp_path / "narrow")
+    load_model(narrow, dtype=torch.bfloat16).save_pretrained(narrow)
+    for said, dtype in ((None, torch.bfloat16), ("float32", torch.float32)):
+        run(RunFile.from_dict({**content, "model": str(narrow), "evaluate": None, "dtype": said}), force=True)
+        assert {p.dtype for p in slimgraph.load(Path(content["out"]) / "pruned").parameters()} == {dtype}
+
+
 def test_fine_tuning_and_comparing_are_given_what_the_file_says(
     finished: tuple[dict[str, Any], RunReport], content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +209,7 @@ def test_fine_tuning_and_comparing_are_given_what_the_file_says(
     assert called["finetune"]["settings"] == FinetuneSettings(epochs=1)
     assert called["finetune"]["teacher"] == content["model"]
     assert not called["finetune"]["resume"]
+    assert (called["finetune"]["dtype"], called["finetune"]["save_dtype"]) == (torch.float32, torch.float32)
     assert list(report.evaluations) == ["dense", "pruned", "finetuned"]
     names, measures = called["compare"]
     assert names == ["dense", "pruned", "finetuned"]
