@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -36,6 +37,8 @@ class _Allocation(Pass):
         round_to: kept channels are a multiple of this, at sites that have more.
         kinds: sites that are cut: "both", "heads" or "channels".
     """
+
+    gives: ClassVar[str | None] = "budget"
 
     ratio: float | None = None
     unit_ratio: float | None = None

@@ -28,9 +28,17 @@ class Pass:
     """A step of a recipe.
 
     Subclasses are frozen dataclasses that implement `run`.
+
+    Attributes:
+        name: in recipes.
+        gives: what it leaves for passes after it: "choice" (which units stay), "fit", "budget", "cut" (one that carries
+            a budget out), or "" for nothing that others ask for. None where that is not said.
+        needs: which of the first three it asks for; `slimgraph.order.check_order` looks before anything runs.
     """
 
     name: ClassVar[str] = ""
+    gives: ClassVar[str | None] = None
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Run on a graph module that carries a state.

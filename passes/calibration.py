@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -28,6 +29,8 @@ class SelfCalibration(Pass):
         dtype: in which it writes, if the device is faster in it: "bfloat16", or None for the model's own.
         seed: of the sampling and the mixing.
     """
+
+    gives: ClassVar[str | None] = ""
 
     samples: int = 192
     temperature: float = 1.0

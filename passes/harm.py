@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -57,6 +58,8 @@ class HarmAllocation(_Allocation):
         dtype: in which a float32 model's products are taken, if the device is faster in it: "bfloat16", or None for its
             own.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ("choice", "fit")
 
     widths: tuple[float, ...] = (0.25,)
     tokens: int = 1024

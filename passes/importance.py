@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, fx
 
@@ -19,6 +20,8 @@ __all__ = ["FeatureSpace", "Magnitude", "Pearson", "RandomImportance", "WandaSp"
 @dataclass(frozen=True)
 class _Importance(Pass):
     """An importance pass applies to heads, to channels, or to both."""
+
+    gives: ClassVar[str | None] = "choice"
 
     def kinds(self) -> tuple[str, ...]:
         """The kinds of sites whose units it chooses."""

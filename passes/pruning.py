@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -33,6 +33,9 @@ class Sweep(Pass):
         dtype: in which a float32 model's products are taken on the way, if the device is faster in it: "bfloat16", or
             None for its own. Statistics are added up and fits are solved as precisely in any case.
     """
+
+    gives: ClassVar[str | None] = "cut"
+    needs: ClassVar[tuple[str, ...]] = ("budget", "fit", "choice")
 
     dtype: str | None = None
 
@@ -105,6 +108,8 @@ class ApplyPlan(Pass):
     Attributes:
         plan: group -> {"units", "keep", "within"}, and layer -> null for each that is skipped, as in a saved plan.
     """
+
+    gives: ClassVar[str | None] = ""
 
     plan: dict[str, Any]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, fx
 
@@ -18,6 +19,8 @@ __all__ = ["BiasOnly", "LeastSquares", "NoRecovery", "Regression"]
 @dataclass(frozen=True)
 class _Recovery(Pass):
     """A recovery pass fits a site's weight and bias to its target."""
+
+    gives: ClassVar[str | None] = "fit"
 
     def run(self, graph_module: fx.GraphModule, state: State) -> None:
         """Record the fit."""

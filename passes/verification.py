@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
@@ -17,6 +18,8 @@ __all__ = ["Verify"]
 @dataclass(frozen=True)
 class Verify(Pass):
     """Every invariant of a graph: well formed, consistent shapes, accepted by the analysis, finite numbers."""
+
+    gives: ClassVar[str | None] = ""
 
     def run(self, graph_module: fx.GraphModule, state: State) -> None:
         """Check; raises on the first thing that does not hold."""

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from slimgraph.errors import PlanError, RecipeError
+from slimgraph.order import check_order
 from slimgraph.passes import (
     BiasOnly,
     CosineAllocation,
@@ -151,8 +152,16 @@ def default_method(writes: bool) -> str:
 
 
 def recipe_for(recipe: Recipe | str, ratio: float, **options: Any) -> Recipe:
-    """The recipe itself, or that of the method of this name; see `method` for the options."""
-    return recipe if isinstance(recipe, Recipe) else method(recipe, ratio, **options)
+    """The recipe itself, or that of the method of this name; see `method` for the options.
+
+    Raises:
+        RecipeError: the passes of the recipe cannot work in their order; or there is no such method.
+        PlanError: the ratio is not between 0 and 1.
+    """
+    if not isinstance(recipe, Recipe):
+        return method(recipe, ratio, **options)
+    check_order(recipe.passes)
+    return recipe
 
 
 def _recovery(name: str) -> Pass:

@@ -22,7 +22,17 @@ from slimgraph.budget import Goal, solve_curves
 from slimgraph.errors import CalibrationError, NumericsError, PlanError, RecipeError
 from slimgraph.evidence import Evidence
 from slimgraph.groups import infer
-from slimgraph.passes import FeatureSpace, HarmAllocation, LeastSquares, Magnitude, NoRecovery, Pass, Pearson, base
+from slimgraph.passes import (
+    FeatureSpace,
+    HarmAllocation,
+    LeastSquares,
+    Magnitude,
+    NoRecovery,
+    Pass,
+    Pearson,
+    Sweep,
+    base,
+)
 from slimgraph.recipe import Recipe, method
 from slimgraph.state import KEY, State, attach
 from slimgraph.surgery import Refit
@@ -391,7 +401,7 @@ def test_what_cannot_be_reached_is_refused_before_a_cut_is_tried(of: str, monkey
 
     def prune(ratio: float) -> None:
         allocation = HarmAllocation(ratio=ratio, of=of)
-        slimgraph.prune(decoder().model, IDS, recipe=Recipe((Magnitude(), NoRecovery(), allocation)))
+        slimgraph.prune(decoder().model, IDS, recipe=Recipe((Magnitude(), NoRecovery(), allocation, Sweep())))
 
     monkeypatch.setattr(harm, "measure", tried)
     with pytest.raises(PlanError, match=r"^ratio 0\.9 cannot be reached: .* narrower `widths`") as caught:
