@@ -201,6 +201,7 @@ def write_table(options: argparse.Namespace) -> None:
     seeds = "the first seed" if len(of) == 1 else f"seeds {', '.join(map(str, of))} as far as measured"
     how = describe(options, "accuracy.py", more, scored=seeds, products=PRODUCTS, cost=COST)
     write_part(options, "accuracy", "\n\n".join([how, *tables]))
+    write_part(options, "summary", summary(options))
     write_part(options, "changed", gap_table(options, f"{OWN}, changed", CHANGED))
     write_part(options, "alone", gap_table(options, f"{BASELINE} and", ALONE))
 
@@ -216,15 +217,14 @@ def gap_table(options: argparse.Namespace, title: str, names: Sequence[str]) -> 
     for name in names:
         lines += gap_line(options, name, "nothing" if name == OWN else name.removeprefix(f"{OWN}, "))
         if name == OWN and len(options.seeds) > 1:  # for rows that have no other seed
-            first = argparse.Namespace(**{**vars(options), "seeds": options.seeds[:1]})
-            lines += gap_line(first, name, "nothing, first seed")
+            lines += gap_line(options, name, "nothing, first seed", options.seeds[:1])
     return "\n".join(lines)
 
 
-def gap_line(options: argparse.Namespace, name: str, shown: str) -> list[str]:
+def gap_line(options: argparse.Namespace, name: str, shown: str, seeds: Sequence[int] | None = None) -> list[str]:
     """None where nothing was measured."""
-    found = [gaps(options, *setting, name) for setting in settings(options)]
-    counts = sorted({len(rows(options, *setting, name)) for setting in settings(options)} - {0})
+    found = [gaps(options, *setting, name, seeds) for setting in settings(options)]
+    counts = sorted({len(rows(options, *setting, name, seeds)) for setting in settings(options)} - {0})
     values = [" / ".join(f"{value:.2f}" for value in each) or "-" for each in found]
     return [f"| {' | '.join([shown, *values, ' or '.join(map(str, counts))])} |"] if any(found) else []
 
@@ -248,14 +248,47 @@ def table(options: argparse.Namespace, model: str) -> str:
 def line(options: argparse.Namespace, model: str, share: float, name: str, found: Sequence[float]) -> str:
     seeds = rows(options, model, share, name)
     values = [perplexity_cell([s["perplexity"][t] for s in seeds]) for t, _ in options.text]
-    tasks = average_cell(seeds), drop(seeds, rows(options, model, share, BASELINE), dense_row(options, model))
+    lost = drop(seeds, rows(options, model, share, BASELINE), dense_row(options, model))
+    tasks = average_cell(seeds), share_cell(lost, [])
     cost = [f"{seeds[0]['parameters']:,}", f"{seeds[0]['seconds']:.0f}", str(len(seeds))]
     shown = [f"{share:.0%}", name, *values, *(f"{value:.2f}" for value in found), *tasks, *cost]
     return f"| {' | '.join(shown)} |"
 
 
-def rows(options: argparse.Namespace, model: str, share: float, name: str) -> list[dict[str, Any]]:
-    read_ones = [read(options.results / cell(model, share, name, seed).file) for seed in options.seeds]
+def summary(options: argparse.Namespace) -> str:
+    """The whole method beside the published one: means over the seeds, and what single seeds lie between."""
+    columns = ["model", "share", *(f"gap, {t}" for t, _ in options.text), "drop of the tasks", "seeds", "with tasks"]
+    lines = [f"| {' | '.join(columns)} |", f"|---|{'--:|' * (len(columns) - 1)}"]
+    return "\n".join([*lines, *(summary_line(options, *setting) for setting in settings(options))])
+
+
+def summary_line(options: argparse.Namespace, model: str, share: float) -> str:
+    ours, theirs = (rows(options, model, share, name) for name in (OWN, BASELINE))
+    single = [gaps(options, model, share, OWN, [row["seed"]]) for row in ours]
+    found = gaps(options, model, share, OWN)
+    values = [share_cell(mean, [s[i] for s in single if s]) for i, mean in enumerate(found)] or ["-"] * len(
+        options.text
+    )
+    dense = dense_row(options, model)
+    drops = [one for row in ours if (one := drop([row], theirs, dense)) is not None]
+    values.append(share_cell(drop(ours, theirs, dense), drops))
+    return f"| {' | '.join([model, f'{share:.0%}', *values, str(len(ours)), str(len(drops))])} |"
+
+
+def share_cell(mean: float | None, single: Sequence[float]) -> str:
+    """A share of the published method's; of more than one seed with what they lie between."""
+    if mean is None:
+        return "-"
+    between = f" ({min(single):.2f} to {max(single):.2f})" if len(single) > 1 else ""
+    return f"{mean:.2f}{between}"
+
+
+def rows(
+    options: argparse.Namespace, model: str, share: float, name: str, seeds: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    """As far as measured, of these seeds or of all."""
+    wanted = options.seeds if seeds is None else seeds
+    read_ones = [read(options.results / cell(model, share, name, seed).file) for seed in wanted]
     return [row for row in read_ones if "perplexity" in row]
 
 
@@ -263,10 +296,12 @@ def dense_row(options: argparse.Namespace, model: str) -> dict[str, Any]:
     return read(options.results / Cell(model, 0.0, DENSE, options.seeds[0]).file)
 
 
-def gaps(options: argparse.Namespace, model: str, share: float, name: str) -> list[float]:
+def gaps(
+    options: argparse.Namespace, model: str, share: float, name: str, seeds: Sequence[int] | None = None
+) -> list[float]:
     """Mean gap on each text, as a share of SlimLLM's mean with the same seeds; none where there is no such seed."""
     dense = dense_row(options, model)
-    ours = {row["seed"]: row for row in rows(options, model, share, name)}
+    ours = {row["seed"]: row for row in rows(options, model, share, name, seeds)}
     theirs = {row["seed"]: row for row in rows(options, model, share, BASELINE)}
     both = sorted(ours.keys() & theirs.keys())
     if not both or not dense:
@@ -280,14 +315,16 @@ def gap(row: Mapping[str, Any], dense: Mapping[str, Any], text: str) -> float:
     return math.log(row["perplexity"][text]["value"] / dense["perplexity"][text]["value"])
 
 
-def drop(seeds: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> str:
+def drop(
+    seeds: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]
+) -> float | None:
     """Of the average over all tasks, as a share of the mean drop of the published method with the same seeds."""
     ours, theirs = ({row["seed"]: average(row) for row in of if has_tasks(row)} for of in (seeds, baseline))
     both = ours.keys() & theirs.keys()
     if not both or not has_tasks(dense):
-        return "-"
+        return None
     own, published = (average(dense) - statistics.mean(of[seed] for seed in both) for of in (ours, theirs))
-    return f"{own / published:.2f}" if published else "-"
+    return own / published if published else None
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from slimgraph.tasks import PAPER_METRICS
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-KINDS = ("reproduction", "ablations", "accuracy", "changed", "alone", "calibration")
+KINDS = ("reproduction", "ablations", "accuracy", "summary", "changed", "alone", "calibration")
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +187,12 @@ def test_gaps_are_paired_by_seed(ideas: ModuleType, tmp_path: Path) -> None:
         "| nothing, first seed | 0.25 | - | 1 |",
         "| 128 written | 0.30 | - | 1 |",
     ]
+    assert ideas.summary(options).splitlines() == [
+        "| model | share | gap, t | drop of the tasks | seeds | with tasks |",
+        "|---|--:|--:|--:|--:|--:|",
+        "| m | 20% | 0.50 (0.25 to 0.58) | - | 2 | 0 |",
+        "| m | 50% | - | - | 0 | 0 |",
+    ]
 
 
 def test_an_idea_is_alone_or_a_change_of_the_whole(ideas: ModuleType) -> None:
@@ -215,9 +221,9 @@ def test_gaps_are_of_logarithms_and_drops_of_averages(ideas: ModuleType) -> None
     dense, pruned = row(math.e, 0.5), row(math.e**3, 0.4)
     assert ideas.gap(pruned, dense, "t") == pytest.approx(2.0)
     published = [row(1.0, 0.3), row(1.0, 0.1, seed=1), row(1.0, 0.0, seed=2)]
-    assert ideas.drop([pruned], published, dense) == "0.50"
-    assert ideas.drop([pruned, row(1.0, 0.2, seed=1)], published, dense) == "0.67"  # 20 points of 30
-    assert ideas.drop([{**pruned, "tasks": {}}], published, dense) == "-"
+    assert ideas.drop([pruned], published, dense) == pytest.approx(0.5)
+    assert ideas.drop([pruned, row(1.0, 0.2, seed=1)], published, dense) == pytest.approx(20 / 30)
+    assert ideas.drop([{**pruned, "tasks": {}}], published, dense) is None
 
 
 def test_tasks_can_be_done_with_more_seeds(
