@@ -267,9 +267,9 @@ def task_cell(cell: Mapping[str, Any], task: str) -> str:
     return "-" if found is None else f"{counted(found)[0]:.1f}"
 
 
-def average(cell: Mapping[str, Any]) -> float:
-    """Mean of all tasks, in percent."""
-    return statistics.mean(counted(t)[0] for t in cell["tasks"].values())
+def average(cell: Mapping[str, Any], leave_out: str = "") -> float:
+    """Mean of all tasks, or of all but one, in percent."""
+    return statistics.mean(counted(task)[0] for name, task in cell["tasks"].items() if name != leave_out)
 
 
 def average_cell(cells: Sequence[Mapping[str, Any]]) -> str:
