@@ -131,9 +131,10 @@ def curve_maker(samples: int) -> Maker:
 
 
 CURVES: dict[str, Maker] = {name: curve_maker(samples) for name, (_, samples) in CURVE.items()}
+MORE = ", 512 given"
 for whole, samples in ((BASELINE, 0), (OWN, SelfCalibration().samples)):
-    CURVE[f"{whole}, 512 given"] = 512, samples
-    CURVES[f"{whole}, 512 given"] = IDEAS[whole]
+    CURVE[f"{whole}{MORE}"] = 512, samples
+    CURVES[f"{whole}{MORE}"] = IDEAS[whole]
 CURVE[f"{OWN}, 512 given, 512 written"] = 512, 512
 CURVES[f"{OWN}, 512 given, 512 written"] = own("self_calibration", lambda p, *_: replace(p, samples=512))
 ALONE = tuple(name for name in IDEAS if not name.startswith((BASELINE, OWN)))
@@ -144,9 +145,9 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """Seed by seed, the whole methods first; or how much text it takes."""
     chosen = [name for name in (CURVE if options.curve else IDEAS) if not options.ideas or name in options.ideas]
     if options.curve:
-        for model, _ in options.model:
-            for share in options.shares:
-                yield from (curve_cell(model, share, name, options.seeds[0]) for name in chosen)
+        for seed in options.seeds:
+            for model, share in settings(options):
+                yield from (cell(model, share, name, seed) for name in chosen)
         return
     yield from (Cell(model, 0.0, DENSE, options.seeds[0]) for model, _ in options.model)
     whole, parts = [n for n in chosen if n in WHOLE], [n for n in chosen if n not in WHOLE]
@@ -165,11 +166,9 @@ def task_seeds(options: argparse.Namespace) -> list[int]:
 
 def cell(model: str, share: float, name: str, seed: int) -> Cell:
     """SlimLLM's is the one of the reproduction."""
+    if name in CURVE:
+        return Cell(model, share, name, seed, "curve", scored=False, samples=CURVE[name][0])
     return Cell(model, share, name, seed, "" if name == BASELINE else "idea")
-
-
-def curve_cell(model: str, share: float, name: str, seed: int) -> Cell:
-    return Cell(model, share, name, seed, "curve", scored=False, samples=CURVE[name][0])
 
 
 def write_curve(options: argparse.Namespace) -> None:
@@ -182,15 +181,14 @@ def write_curve(options: argparse.Namespace) -> None:
 def curve_table(options: argparse.Namespace, model: str) -> str:
     """Perplexities and seconds by the number of calibration tokens."""
     texts = [name for name, _ in options.text]
-    columns = ["share", "windows", "tokens", *texts, "seconds"]
+    columns = ["share", "windows", "tokens", *texts, "seconds", "seeds"]
     lines = [f"`{model}`", "", f"| {' | '.join(columns)} |", f"|--:|---|{'--:|' * (len(columns) - 2)}"]
     for share in options.shares:
         for name, counts in CURVE.items():
-            row = read(options.results / curve_cell(model, share, name, options.seeds[0]).file)
-            if "perplexity" in row:
-                values = [perplexity_cell([row["perplexity"][t]]) for t in texts]
-                size = f"{sum(counts) * options.seq_len:,}"
-                shown = [f"{share:.0%}", name, size, *values, f"{row['seconds']:.0f}"]
+            if seeds := rows(options, model, share, name):
+                values = [perplexity_cell([s["perplexity"][t] for s in seeds]) for t in texts]
+                cost = [f"{seeds[0]['seconds']:.0f}", str(len(seeds))]
+                shown = [f"{share:.0%}", name, f"{sum(counts) * options.seq_len:,}", *values, *cost]
                 lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines)
 
@@ -253,24 +251,29 @@ def line(options: argparse.Namespace, model: str, share: float, name: str, found
 
 def summary(options: argparse.Namespace) -> str:
     """The whole method beside the published one: means over the seeds, and what single seeds lie between."""
-    columns = ["model", "share", *(f"gap, {t}" for t, _ in options.text), "drop of the tasks", f"without {SKEWED}"]
-    columns += ["seeds", "with tasks"]
+    columns = ["model", "share", "windows given", *(f"gap, {t}" for t, _ in options.text)]
+    columns += ["drop of the tasks", f"without {SKEWED}", "seeds", "with tasks"]
     lines = [f"| {' | '.join(columns)} |", f"|---|{'--:|' * (len(columns) - 1)}"]
-    return "\n".join([*lines, *(summary_line(options, *setting) for setting in settings(options))])
+    for more in ("", MORE):
+        for setting in settings(options):
+            lines += summary_line(options, *setting, f"{OWN}{more}", f"{BASELINE}{more}")
+    return "\n".join(lines)
 
 
-def summary_line(options: argparse.Namespace, model: str, share: float) -> str:
-    ours, theirs = (rows(options, model, share, name) for name in (OWN, BASELINE))
-    single = [gaps(options, model, share, OWN, [row["seed"]]) for row in ours]
-    found = gaps(options, model, share, OWN)
-    values = [share_cell(mean, [s[i] for s in single if s]) for i, mean in enumerate(found)] or ["-"] * len(
-        options.text
-    )
+def summary_line(options: argparse.Namespace, model: str, share: float, own: str, against: str) -> list[str]:
+    """None where nothing was measured."""
+    found = gaps(options, model, share, own, against)
+    if not found:
+        return []
+    ours, theirs = (rows(options, model, share, name) for name in (own, against))
+    single = [one for row in ours if (one := gaps(options, model, share, own, against, [row["seed"]]))]
+    values = [share_cell(mean, each) for mean, each in zip(found, zip(*single, strict=True), strict=True)]
     dense = dense_row(options, model)
     for leave_out in ("", SKEWED):
         drops = [one for row in ours if (one := drop([row], theirs, dense, leave_out)) is not None]
         values.append(share_cell(drop(ours, theirs, dense, leave_out), drops))
-    return f"| {' | '.join([model, f'{share:.0%}', *values, str(len(ours)), str(len(drops))])} |"
+    windows = cell(model, share, own, options.seeds[0]).samples or options.samples
+    return [f"| {' | '.join([model, f'{share:.0%}', str(windows), *values, str(len(single)), str(len(drops))])} |"]
 
 
 def share_cell(mean: float | None, single: Sequence[float]) -> str:
@@ -292,12 +295,17 @@ def dense_row(options: argparse.Namespace, model: str) -> dict[str, Any]:
 
 
 def gaps(
-    options: argparse.Namespace, model: str, share: float, name: str, seeds: Sequence[int] | None = None
+    options: argparse.Namespace,
+    model: str,
+    share: float,
+    name: str,
+    against: str = BASELINE,
+    seeds: Sequence[int] | None = None,
 ) -> list[float]:
     """Mean gap on each text, as a share of SlimLLM's with the same seeds, or these; none without such a seed."""
     dense = dense_row(options, model)
     ours = {row["seed"]: row for row in rows(options, model, share, name)}
-    theirs = {row["seed"]: row for row in rows(options, model, share, BASELINE)}
+    theirs = {row["seed"]: row for row in rows(options, model, share, against)}
     both = sorted(ours.keys() & theirs.keys() & set(seeds or options.seeds))
     if not both or not dense:
         return []

@@ -169,7 +169,7 @@ def test_ideas_are_laid_beside_the_published_method(
 def test_gaps_are_paired_by_seed(ideas: ModuleType, tmp_path: Path) -> None:
     """An idea without the third seed is held against the published method's first two; one without any has no row."""
     options = SimpleNamespace(
-        model=[("m", "m")], shares=[0.2, 0.5], seeds=[0, 1, 2], text=[("t", "t.txt")], results=tmp_path
+        model=[("m", "m")], shares=[0.2, 0.5], seeds=[0, 1, 2], text=[("t", "t.txt")], results=tmp_path, samples=32
     )
 
     def keep(share: float, name: str, seed: int, log_perplexity: float) -> None:
@@ -184,6 +184,9 @@ def test_gaps_are_paired_by_seed(ideas: ModuleType, tmp_path: Path) -> None:
             keep(0.2, "Slimgraph", seed, own)
     keep(0.2, "Slimgraph, 128 written", 2, 30.0)
     keep(0.5, "Slimgraph, 64 written", 0, 1.0)  # nothing to hold it against
+    keep(0.2, "SlimLLM, 512 given", 1, 2.0)
+    keep(0.2, "Slimgraph, 512 given", 1, 0.4)
+    keep(0.2, "Slimgraph, 512 given", 2, 50.0)
     assert ideas.gap_table(options, "changed", ideas.CHANGED).splitlines() == [
         "| changed | m, 20% | m, 50% | seeds |",
         "|---|--:|--:|--:|",
@@ -191,10 +194,10 @@ def test_gaps_are_paired_by_seed(ideas: ModuleType, tmp_path: Path) -> None:
         "| 128 written | 0.30 | - | 1 |",
     ]
     assert ideas.summary(options).splitlines() == [
-        "| model | share | gap, t | drop of the tasks | without boolq | seeds | with tasks |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-        "| m | 20% | 0.50 (0.25 to 0.58) | - | - | 2 | 0 |",
-        "| m | 50% | - | - | - | 0 | 0 |",
+        "| model | share | windows given | gap, t | drop of the tasks | without boolq | seeds | with tasks |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| m | 20% | 32 | 0.50 (0.25 to 0.58) | - | - | 2 | 0 |",
+        "| m | 20% | 512 | 0.20 | - | - | 1 | 0 |",
     ]
 
 
