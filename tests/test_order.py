@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 import pytest
+from decoders import decoder, tokens
 from torch import fx
 
 import slimgraph
@@ -31,7 +32,6 @@ from slimgraph.pipeline import check_carried_out, run_passes
 from slimgraph.recipe import METHODS, Recipe, method
 from slimgraph.state import State, attach, state_of
 from slimgraph.trace import trace
-from tests.decoders import decoder, tokens
 
 SHARE = UniformAllocation(ratio=0.1, round_to=1)
 
