@@ -10,6 +10,7 @@ are, and SlimLLM's own are shared with it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -145,9 +146,9 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """Seed by seed, the whole methods first; or how much text it takes."""
     chosen = [name for name in (CURVE if options.curve else IDEAS) if not options.ideas or name in options.ideas]
     if options.curve:
-        for seed in options.seeds:
-            for model, share in settings(options):
-                yield from (cell(model, share, name, seed) for name in chosen)
+        for seed, (model, share), name in itertools.product(options.seeds, settings(options), chosen):
+            scored = name.endswith(MORE) and seed in task_seeds(options)
+            yield replace(cell(model, share, name, seed), scored=scored)
         return
     yield from (Cell(model, 0.0, DENSE, options.seeds[0]) for model, _ in options.model)
     whole, parts = [n for n in chosen if n in WHOLE], [n for n in chosen if n not in WHOLE]
@@ -164,6 +165,10 @@ def task_seeds(options: argparse.Namespace) -> list[int]:
     return options.task_seeds or options.seeds[:1]
 
 
+def task_options(options: argparse.Namespace) -> str:
+    return f" --task-seeds {' '.join(map(str, options.task_seeds))}" if options.task_seeds else ""
+
+
 def cell(model: str, share: float, name: str, seed: int) -> Cell:
     """SlimLLM's is the one of the reproduction."""
     if name in CURVE:
@@ -174,7 +179,8 @@ def cell(model: str, share: float, name: str, seed: int) -> Cell:
 def write_curve(options: argparse.Namespace) -> None:
     tables = [curve_table(options, model) for model, _ in options.model]
     windows = "as many windows as the rows say"
-    how = describe(options, "accuracy.py", " --curve", windows=windows, scored=None, products=PRODUCTS, cost=COST)
+    more = f"{task_options(options)} --curve"
+    how = describe(options, "accuracy.py", more, windows=windows, scored=None, products=PRODUCTS, cost=COST)
     write_part(options, "calibration", "\n\n".join([how, *tables]))
 
 
@@ -196,9 +202,8 @@ def curve_table(options: argparse.Namespace, model: str) -> str:
 def write_table(options: argparse.Namespace) -> None:
     tables = [table(options, model) for model, _ in options.model]
     of = task_seeds(options)
-    more = f" --task-seeds {' '.join(map(str, of))}" if options.task_seeds else ""
     seeds = "the first seed" if len(of) == 1 else f"seeds {', '.join(map(str, of))} as far as measured"
-    how = describe(options, "accuracy.py", more, scored=seeds, products=PRODUCTS, cost=COST)
+    how = describe(options, "accuracy.py", task_options(options), scored=seeds, products=PRODUCTS, cost=COST)
     write_part(options, "accuracy", "\n\n".join([how, *tables]))
     write_part(options, "summary", summary(options))
     write_part(options, "changed", gap_table(options, f"{OWN}, changed", CHANGED))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -217,6 +218,17 @@ def test_more_calibration_is_more_windows(
     found = [[word.strip() for word in line.split("|")[2:5]] for line in lines if line.startswith("| 20% |")]
     assert [row[:2] for row in found] == [["4 given", "64"], ["6 given", "96"], ["4 given, 3 written", "112"]]
     assert len({row[2] for row in found}) == 3
+
+
+def test_with_more_windows_the_whole_methods_do_the_tasks(ideas: ModuleType) -> None:
+    names = ["32 given", "SlimLLM, 512 given", "Slimgraph, 512 given", "Slimgraph, 512 given, 512 written"]
+    options = SimpleNamespace(
+        model=[("m", "m")], shares=[0.2], seeds=[0, 1, 2], ideas=names, curve=True, task_seeds=[1, 2]
+    )
+    cells = list(ideas.cells(options))
+    assert [(cell.seed, cell.method) for cell in cells] == list(itertools.product(options.seeds, names))
+    scored = [(cell.seed, cell.method) for cell in cells if cell.scored]
+    assert scored == list(itertools.product(options.task_seeds, names[1:3]))
 
 
 def test_gaps_are_of_logarithms_and_drops_of_averages(ideas: ModuleType) -> None:
