@@ -287,7 +287,7 @@ def _check_enough(
         raise PlanError(
             f"ratio {needed / before:g} cannot be reached: with every site at its narrowest width"
             f"{' and every layer skipped that is not too large' if layers else ''}, {most / before:.4f} goes. "
-            f"Ask for at most {most / before:.4f}, for narrower `widths` in a recipe, or for another method"
+            f"Ask for at most {_rounded_down(most / before)}, for narrower `widths` in a recipe, or for another method"
         )
 
 
@@ -312,19 +312,25 @@ def _with_skip(
         steps = steps[:-1]
 
 
+def _rounded_down(ratio: float) -> str:
+    """To four digits, so that what is printed can be asked for."""
+    return f"{math.floor(1e4 * ratio) / 1e4:.4f}"
+
+
 def _sites(goal: Goal, layer: int) -> list[str]:
     return [u.site.name for u in goal.sites if u.site.layer == layer]
 
 
 def _hull_steps(name: str, saved: Mapping[int, float], curve: Mapping[int, float]) -> Iterator[_Step]:
-    """Steps of the lower convex hull of harm over what is saved."""
+    """Steps of the lower convex hull of harm over what is saved, but for those that save nothing."""
     hull: list[int] = []
     for width in sorted(curve, reverse=True):
         while len(hull) > 1 and _slope(saved, curve, hull[-2], hull[-1]) >= _slope(saved, curve, hull[-1], width):
             hull.pop()
         hull.append(width)
     for first, second in itertools.pairwise(hull):
-        yield _slope(saved, curve, first, second), name, second
+        if saved[second] > saved[first]:
+            yield _slope(saved, curve, first, second), name, second
 
 
 def _slope(saved: Mapping[int, float], curve: Mapping[int, float], first: int, second: int) -> float:
@@ -378,7 +384,7 @@ def _check_reachable(goal: Goal, fewest: Mapping[str, int], ratio: float) -> Non
         reachable = 1 - least / before
         raise PlanError(
             f"ratio {ratio:g} cannot be reached: with every unit but the last removed from {len(goal.weights)} "
-            f"layers, {reachable:.4f} of the {before:,} parameters go. Ask for at most {reachable:.4f}, "
+            f"layers, {reachable:.4f} of the {before:,} parameters go. Ask for at most {_rounded_down(reachable)}, "
             "or let more layers be cut"
         )
 

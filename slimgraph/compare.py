@@ -214,14 +214,14 @@ def pruned_at(
     def pruned(ratio: float) -> nn.Module:
         result = prune(model, calibration, ratio, tokenizer=tokenizer, recipe=method, progress=progress, **options)
         if result.model is None:
-            raise ModelError(f"{name} at {ratio:.0%}: {result.module_failure}")
+            raise ModelError(f"{name} at {100 * ratio:g}%: {result.module_failure}")
         return result.model
 
     wrong = [ratio for ratio in ratios if not 0 < ratio < 1]
     if wrong:
         raise PlanError(f"the ratio {wrong[0]} is out of range; expected shares of all parameters, 0 < ratio < 1")
     return [
-        Contender(f"{name} -{ratio:.0%}", partial(pruned, ratio), tokenizer, series=name)
+        Contender(f"{name} -{100 * ratio:g}%", partial(pruned, ratio), tokenizer, series=name)
         for ratio in dict.fromkeys(ratios)
     ]
 
@@ -233,7 +233,7 @@ def _entry(
         counted = cost(model, tokens=measures.speed.prompt_tokens if measures.speed else measures.seq_len)
     found: dict[str, Perplexity] = {}
     for text, tokens in ids.items():
-        check_tokens(model, tokens[None, : measures.seq_len])
+        check_tokens(model, tokens, measures.seq_len)
         found[text] = perplexity(
             model,
             tokens,

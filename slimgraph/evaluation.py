@@ -112,7 +112,7 @@ def evaluate(
     loaded = _loaded(tasks, include_path, progress)
     check_finite(model)
     for ids in streams.values():
-        check_tokens(model, ids[None, :seq_len])
+        check_tokens(model, ids, seq_len)
     perplexities = {
         text: perplexity(model, ids, seq_len=seq_len, start=start, batch=batch, progress=progress)
         for text, ids in streams.items()

@@ -140,9 +140,8 @@ class Result:
         """
         if self.model is None:
             raise ModelError(self.module_failure or "the module was not pruned")
-        return checkpoint.save(
-            self.model, Path(directory), self.manifest(), tokenizer=tokenizer, force=force, dtype=dtype
-        )
+        manifest = hf.manifest_of(self.model) or self.manifest()  # fine-tuning adds its notes to the one it bears
+        return checkpoint.save(self.model, Path(directory), manifest, tokenizer=tokenizer, force=force, dtype=dtype)
 
 
 def prune(

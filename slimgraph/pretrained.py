@@ -181,12 +181,13 @@ def check_finite(model: nn.Module) -> None:
             )
 
 
-def check_tokens(model: nn.Module, ids: Tensor) -> None:
+def check_tokens(model: nn.Module, ids: Tensor, seq_len: int | None = None) -> None:
     """Check that a model's configuration, where it has one, knows these tokens and as many positions.
 
     Args:
         model: any module.
-        ids: (samples, tokens) token ids.
+        ids: (..., tokens) token ids.
+        seq_len: tokens of the windows that they are cut into; by default they are windows already.
 
     Raises:
         CalibrationError: an id outside the vocabulary, or windows longer than the model's positions.
@@ -200,10 +201,11 @@ def check_tokens(model: nn.Module, ids: Tensor) -> None:
             f"{type(model).__name__}: use the model's own tokenizer"
         )
     positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and ids.shape[-1] > positions:
+    length = seq_len or ids.shape[-1]
+    if isinstance(positions, int) and length > positions:
         raise CalibrationError(
-            f"windows of {ids.shape[-1]} tokens are longer than the {positions} positions of {type(model).__name__}: "
-            "ask for a shorter seq_len"
+            f"windows of {length} tokens are longer than the {positions} positions of {type(model).__name__}: "
+            "ask for shorter ones"
         )
 
 

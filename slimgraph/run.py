@@ -24,7 +24,9 @@ from slimgraph.compare import Comparison, Contender, Measures, compare
 from slimgraph.errors import CheckpointError, ModelError, RecipeError
 from slimgraph.evaluation import Evaluation, evaluate
 from slimgraph.finetune import FinetuneResult, FinetuneSettings, finetune
+from slimgraph.finetune.records import read_records
 from slimgraph.jsontext import json_text
+from slimgraph.order import check_order
 from slimgraph.pipeline import Result, prune
 from slimgraph.pretrained import load_model, load_tokenizer, own_dtype
 from slimgraph.progress import SILENT, Progress
@@ -34,6 +36,7 @@ from slimgraph.text import mixed_tokens, read_text
 
 __all__ = ["RunFile", "RunReport", "run"]
 
+_NOTED = "run.yaml"
 _GLANCE = 1000  # characters of a text that are read to see whether it is there
 
 _Bos = Literal["auto", "always", "never"]
@@ -253,9 +256,10 @@ def run(plan: RunFile, *, force: bool = False, progress: Progress | None = None)
     settings = None if plan.finetune is None else _settings(plan.finetune)
     tokenizer = load_tokenizer(plan.model, trust_remote_code=plan.trust_remote_code)
     _check_inputs(plan)
-    _lay_out(plan, report.directory, force)
+    goes_on = _check_place(plan, report.directory, force)
 
-    _prune(plan, report, load, saved, tokenizer, progress)
+    if not (goes_on and _finished(report, "pruned")):
+        _prune(plan, report, load, saved, tokenizer, progress)
     if plan.finetune is not None:
         _finetune(plan, plan.finetune, settings, report, (dtype, saved), progress)
     if plan.evaluate is not None:
@@ -307,19 +311,22 @@ def _settings(section: FinetuneSection) -> FinetuneSettings:
 
 
 def _check_inputs(plan: RunFile) -> None:
-    """Texts and tasks are looked at before the work, so that it is not lost to a wrong name."""
+    """Passes, texts, records and tasks are looked at before the work, so that it is not lost to a wrong name."""
+    check_order(plan.passes.passes)
     sections = [s for s in (plan.evaluate, plan.compare) if s is not None]
     texts = plan.calibration.sources
     for text in dict.fromkeys([*texts, *(t for s in sections for t in s.texts)]):
         read_text(text, limit=_GLANCE)
+    if plan.finetune is not None:
+        read_records(plan.finetune.data, limit=1)
     for section in sections:
         if section.tasks:
             load_tasks(section.tasks, include_path=section.include_path)
 
 
-def _lay_out(plan: RunFile, out: Path, force: bool) -> None:
-    """Make the folder, or find in it what the same run left."""
-    noted = out / "run.yaml"
+def _check_place(plan: RunFile, out: Path, force: bool) -> bool:
+    """Make the folder, and say whether to go on with what is in it: with what the same run left."""
+    noted = out / _NOTED
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; expected a folder for the run, or nothing")
     same = noted.is_file() and noted.read_text(encoding="utf-8") == plan.to_yaml()
@@ -329,13 +336,20 @@ def _lay_out(plan: RunFile, out: Path, force: bool) -> None:
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write(noted, plan.to_yaml())
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
-    if force or not same:
+    return same and not force
+
+
+def _begin(plan: RunFile, out: Path) -> None:
+    """Remove what another run made, and only then note down this one: it must not take that for its own."""
+    try:
         for made in (out / "pruned", out / "finetuned"):
             if (made / "config.json").is_file():
                 shutil.rmtree(made)
+        _write(out / _NOTED, plan.to_yaml())
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
 
 
 def _write(path: Path, text: str) -> None:
@@ -364,8 +378,7 @@ def _prune(
     tokenizer: Any,
     progress: Progress,
 ) -> None:
-    if _finished(report, "pruned"):
-        return
+    report.checkpoints["pruned"] = report.directory / "pruned"
     wanted = plan.calibration
     ids = mixed_tokens(
         wanted.sources, tokenizer, samples=wanted.samples, seq_len=wanted.seq_len, seed=wanted.seed, bos=wanted.bos
@@ -377,6 +390,7 @@ def _prune(
     result = prune(dense, ids, recipe=plan.passes, seed=wanted.seed, notes=notes, progress=progress)
     if result.model is None:
         raise ModelError(f"{result.module_failure}; nothing was written")
+    _begin(plan, report.directory)
     result.save(report.checkpoints["pruned"], tokenizer=tokenizer, force=True, dtype=saved)
     report.pruned = result
 
@@ -392,7 +406,7 @@ def _finetune(
     if _finished(report, "finetuned"):
         return
     target = report.checkpoints["finetuned"]
-    resume = report.pruned is None and target.with_name(f"{target.name}.checkpoints").is_dir()
+    resume = report.pruned is None and any(target.with_name(f"{target.name}.checkpoints").glob("step-*"))
     report.finetuned = finetune(
         report.checkpoints["pruned"],
         section.data,

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from slimgraph import checkpoint, distributed
 from slimgraph.dtypes import dtype_name
-from slimgraph.errors import CheckpointError
+from slimgraph.errors import CheckpointError, PlanError
 from slimgraph.groups import Structure, infer
 from slimgraph.module import prune_module
+from slimgraph.passes import ApplyPlan, SelfCalibration
 from slimgraph.pipeline import (
     Calibration,
     Result,
@@ -111,6 +112,7 @@ def prune_checkpoint(
             parameter is too large for `save_dtype`.
     """
     chosen = recipe_for(recipe, ratio, recovery=recovery, heads=heads, round_to=round_to, seed=seed)
+    _check_streamable(chosen)
     watch, progress, place = watch or Stopwatch(), progress or SILENT, torch.device(device)
     target = Path(out).resolve()
     if distributed.is_first():
@@ -185,6 +187,22 @@ def prune_checkpoint(
         store.close()
     result.seconds = dict(watch.stages())
     return result
+
+
+def _check_streamable(recipe: Recipe) -> None:
+    """Refuse what needs the weights in memory as a whole, or more than once."""
+    writing = [p.name for p in recipe.passes if isinstance(p, SelfCalibration)]
+    if writing:
+        raise PlanError(
+            f"{writing[0]}: a model whose weights are streamed cannot write samples of its own; prune in memory "
+            "(--no-stream), or take a recipe without that pass, or the method slimllm"
+        )
+    cutting = [p.name for p in recipe.passes if p.gives == "cut" or isinstance(p, ApplyPlan)]
+    if len(cutting) > 1:
+        raise PlanError(
+            f"a streamed model can be cut by one pass only, found {' and '.join(cutting)}: its weights are written as "
+            "soon as they are cut. Leave the other cutting passes out, or prune in memory"
+        )
 
 
 def _finish(

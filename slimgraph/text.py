@@ -5,6 +5,7 @@ A text is tokenised as one stream. Calibration draws windows from it at random, 
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ _SHORTEST_PARAGRAPH = 80  # characters of a paragraph that counts as prose
 _LONGEST_PATH = 1024
 _TEXT_SUFFIXES = {".csv", ".json", ".jsonl", ".log", ".md", ".parquet", ".rst", ".text", ".txt"}
 _FEWEST_TOKENS = 2**20  # of a calibration text that windows are drawn from, where it has so many
-_CHARACTERS_PER_TOKEN = 8  # at most, nearly always: how much text is read for a limited number of tokens
+_CHARACTERS_PER_TOKEN = 16  # at most, nearly always: how much text is read for a limited number of tokens
 
 
 class Tokenizer(Protocol):
@@ -225,9 +226,9 @@ def mixed_tokens(
 def is_source(text: str) -> bool:
     """Whether a string says where a text lies, and is not one itself."""
     words = text.split()
-    if len(words) == 1:
-        return True
-    return bool(words) and "\n" not in text and len(text) < _LONGEST_PATH and Path(text).expanduser().is_file()
+    if not words or "\n" in text.strip() or not _can_be_path(text):
+        return False
+    return len(words) == 1 or Path(text).expanduser().is_file()
 
 
 def calibration_batch(tokens: Tensor, *, samples: int, seq_len: int, seed: int, start: Sequence[int] = ()) -> Tensor:
@@ -289,6 +290,17 @@ def windows(tokens: Tensor, seq_len: int, *, start: Sequence[int] = ()) -> Tenso
     return rows if not start else torch.cat([tokens.new_tensor([list(start)]).expand(count, -1), rows], dim=1)
 
 
+def _can_be_path(text: str) -> bool:
+    """Whether a file could be called so: a path has a longest length, and so has each name in it."""
+    try:
+        Path(text).expanduser().exists()
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    except RuntimeError:  # no such user
+        return False
+    return True
+
+
 def _is_path(source: str | Path, path: Path) -> bool:
     """Whether a path is meant rather than a data set. A data set's name has one slash at most and no file suffix."""
     if isinstance(source, Path) or path.exists():
@@ -297,7 +309,7 @@ def _is_path(source: str | Path, path: Path) -> bool:
 
 
 def _read_file(path: Path) -> str:
-    if not path.exists():
+    if not _can_be_path(str(path)) or not path.exists():
         raise CalibrationError(f"the text file {path} does not exist: give the path of a UTF-8 text file")
     if not path.is_file():
         raise CalibrationError(f"{path} is not a file: give the path of a UTF-8 text file")

@@ -64,6 +64,12 @@ def test_every_number_is_the_models_own(
     assert first.speed.cost == first.cost
 
 
+def test_ratios_that_are_no_whole_percents_have_names_of_their_own(whole: LlamaForCausalLM) -> None:
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    names = [c.name for c in pruned_at("a", whole, [0.125, 0.2, 0.204, 0.29], ids)]
+    assert names == ["a -12.5%", "a -20%", "a -20.4%", "a -29%"]
+
+
 def test_the_dense_model_is_pruned_at_every_ratio(found: Comparison, whole: LlamaForCausalLM) -> None:
     assert [e.name for e in found.entries] == ["whole", "whole -20%"]
     assert [round(found.share(e), 1) for e in found.entries] == [1.0, 0.8]

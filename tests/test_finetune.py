@@ -311,6 +311,26 @@ def test_merged_equals_unmerged(pruned_dir: Path) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_merge_that_fails_leaves_all_weights_as_they_were(pruned_dir: Path, bad: float) -> None:
+    model = slimgraph.load(pruned_dir)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def merge_with_bad_factors() -> None:
+        with adapted(model, FinetuneSettings(rank=3)) as adapters:
+            with torch.no_grad():
+                for parameter in adapters.trained.values():
+                    parameter.fill_(0.1)
+                parameter.view(-1)[-1] = bad
+            adapters.merge()
+
+    with pytest.raises(NumericsError, match=r"cannot be merged: .*down_proj would become NaN or infinite"):
+        merge_with_bad_factors()
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize("family", sorted(decoders.FAMILIES))
 def test_families_take_adapters_and_merge_them(family: str) -> None:
     model = decoders.make(family)
@@ -371,6 +391,18 @@ def test_the_result_is_a_pruned_checkpoint(pruned_dir: Path, tuned_dir: Path) ->
 def test_a_second_run_is_noted_after_the_first(tuned_dir: Path, tmp_path: Path) -> None:
     finetune(tuned_dir, RECORDS, tmp_path / "out", settings=SHORT)
     assert len(load_manifest(tmp_path / "out").recipe["notes"]["finetune"]) == 2  # type: ignore[union-attr]
+
+
+def test_a_result_remembers_what_it_was_trained_on(
+    dense_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
+    result = slimgraph.prune(slimgraph.load(dense_dir), ids, ratio=0.2, round_to=1, recipe="random")
+    for name in ("a", "b"):
+        finetune(result, RECORDS, tmp_path / name, tokenizer=tokenizer, settings=SHORT)
+    result.save(tmp_path / "c")
+    noted = {name: load_manifest(tmp_path / name).recipe["notes"]["finetune"] for name in "abc"}  # type: ignore[union-attr]
+    assert {name: len(notes) for name, notes in noted.items()} == {"a": 1, "b": 2, "c": 2}
 
 
 def test_a_new_process_loads_the_same(tuned_dir: Path, tmp_path: Path) -> None:

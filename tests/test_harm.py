@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -381,6 +383,38 @@ def test_a_width_that_a_neighbour_beats_is_stepped_over() -> None:
     curves[other.site.name] = {20: 0.0, 12: 2.0}
     budget = solve_curves(goal, curves, save / 2 / sum(goal.sizes.values()))
     assert budget.keep == {u.site.name: 12 if u is other else u.block_size for u in goal.sites}
+
+
+def test_what_frees_nothing_of_the_resource_is_not_cut() -> None:
+    """Channels have no part in a cache; a little less of it than was asked for is no reason to cut them."""
+    goal = goal_of()
+    heads = {u.site.name for u in goal.sites if u.site.kind == "heads"}
+    curves = {u.site.name: {u.block_size: 0.0, 1: 1.0} for u in goal.sites}
+
+    def cache(keep: Mapping[str, int]) -> float:
+        return sum(keep[name] for name in heads)
+
+    whole = {u.site.name: u.block_size for u in goal.sites}
+    most = 1 - len(heads) / cache(whole)
+    budget = solve_curves(goal, curves, most * 1.005, cache)
+    assert budget.keep == {name: 1 if name in heads else size for name, size in whole.items()}
+
+
+def test_what_is_said_to_be_reachable_can_be_asked_for() -> None:
+    goal = goal_of()
+    curves = {u.site.name: {u.block_size: 0.0, u.block_size - 1: 1.0} for u in goal.sites}
+    for least in (2 / 3, 0.66667, 0.5, 0.123456):  # of which four digits, rounded, are more than there is
+        left = functools.partial(_to_share, {u.site.name: u.block_size for u in goal.sites}, least)
+        with pytest.raises(PlanError) as caught:
+            solve_curves(goal, curves, 0.9, left)
+        named = re.search(r"Ask for at most (\d\.\d+)", str(caught.value))
+        assert named is not None
+        assert float(named[1]) <= least < float(named[1]) + 1e-4
+
+
+def _to_share(whole: Mapping[str, int], share: float, keep: Mapping[str, int]) -> float:
+    """What is left of 1 where every unit that goes takes as much as any other, and all of them this share."""
+    return 1 - share * sum(whole[name] - keep[name] for name in whole) / len(whole)
 
 
 def test_more_than_the_curves_go_down_to_cannot_be_reached() -> None:

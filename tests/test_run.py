@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import slimgraph
 from slimgraph import cli
 from slimgraph.bench import Settings
-from slimgraph.errors import CalibrationError, CheckpointError, RecipeError
+from slimgraph.errors import CalibrationError, CheckpointError, DataError, RecipeError, SlimgraphError
 from slimgraph.finetune import FinetuneSettings
 from slimgraph.passes import Pearson, Sweep, UniformAllocation, WandaSp
 from slimgraph.pretrained import load_model
@@ -107,11 +107,74 @@ def test_another_run_in_the_same_folder_is_refused_unless_forced(
         run(RunFile.from_dict({**changed, "out": str(tmp_path / "file")}))
 
 
-def test_what_a_step_needs_is_looked_at_before_the_first(content: dict[str, Any]) -> None:
-    content["evaluate"]["texts"].append("nowhere.txt")
-    with pytest.raises(CalibrationError, match=r"nowhere\.txt"):
-        run(RunFile.from_dict(content))
-    assert not Path(content["out"]).exists()
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"evaluate": {"texts": ["nowhere.txt"]}}, CalibrationError, r"nowhere\.txt"),
+        ({"finetune": {"data": "nowhere.json"}}, DataError, r"nowhere\.json"),
+        ({"passes": PASSES[:3] + PASSES[4:]}, RecipeError, "sweep: nothing before it says how many units stay"),
+    ],
+    ids=["a text", "records", "an allocation"],
+)
+def test_what_a_step_needs_is_looked_at_before_the_first(
+    finished: tuple[dict[str, Any], RunReport],
+    tmp_path: Path,
+    change: dict[str, Any],
+    error: type[SlimgraphError],
+    message: str,
+) -> None:
+    out = shutil.copytree(finished[0]["out"], tmp_path / "out")
+    for where in (out, tmp_path / "new"):
+        with pytest.raises(error, match=message):
+            run(RunFile.from_dict({**finished[0], "out": str(where), **change}), force=True)
+    assert (out / "pruned" / "config.json").is_file()
+    assert not (tmp_path / "new").exists()
+
+
+def test_where_pruning_fails_a_run_with_that_mended_begins(content: dict[str, Any]) -> None:
+    with pytest.raises(CalibrationError, match="too short"):
+        run(RunFile.from_dict({**content, "calibration": {**content["calibration"], "samples": 10**6}}))
+    assert not any(Path(content["out"]).iterdir())
+    assert run(RunFile.from_dict({**content, "evaluate": None})).pruned is not None
+
+
+def test_a_run_does_not_take_anothers_model_for_its_own(
+    finished: tuple[dict[str, Any], RunReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where what another run made cannot be removed, this one is not noted down."""
+    out = shutil.copytree(finished[0]["out"], tmp_path / "out")
+    other = RunFile.from_dict({**finished[0], "out": str(out), "evaluate": None})
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("slimgraph.run.shutil.rmtree", refuse)
+        with pytest.raises(CheckpointError, match="cannot be written: Permission denied"):
+            run(other, force=True)
+    with pytest.raises(CheckpointError, match="holds something that is not this run"):
+        run(other)
+
+
+@pytest.mark.parametrize(("left", "resumes"), [((), False), (("partial-step-1",), False), (("step-00000001",), True)])
+def test_fine_tuning_goes_on_from_a_checkpoint_that_was_finished(
+    finished: tuple[dict[str, Any], RunReport],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    left: tuple[str, ...],
+    resumes: bool,
+) -> None:
+    out = shutil.copytree(finished[0]["out"], tmp_path / "out")
+    (out / "finetuned.checkpoints").mkdir()
+    for name in left:
+        (out / "finetuned.checkpoints" / name).mkdir()
+    called: dict[str, Any] = {}
+    monkeypatch.setattr("slimgraph.run.finetune", lambda *_, **options: called.update(options))
+    monkeypatch.setattr("slimgraph.run.read_records", lambda *_, **__: [])
+    plan = RunFile.from_dict({**finished[0], "out": str(out), "finetune": {"data": "x.json"}, "evaluate": None})
+    (out / "run.yaml").write_text(plan.to_yaml())
+    run(plan)
+    assert (called["resume"], called["force"]) == (resumes, not resumes)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +262,7 @@ def test_fine_tuning_and_comparing_are_given_what_the_file_says(
         return SimpleNamespace(to_dict=lambda: {"entries": 3}, to_markdown=lambda: "| a |")
 
     monkeypatch.setattr("slimgraph.run.finetune", finetune)
+    monkeypatch.setattr("slimgraph.run.read_records", lambda *_, **__: [])
     monkeypatch.setattr("slimgraph.run.compare", compare)
     content["finetune"] = {"data": "records.json", "teacher": True, "epochs": 1}
     content["compare"] = {"texts": content["evaluate"]["texts"], "speed": True, "bos": "never"}

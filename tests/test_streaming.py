@@ -22,7 +22,7 @@ from slimgraph import distributed
 from slimgraph.capacity import memory_free
 from slimgraph.errors import CheckpointError, ModelError, PlanError
 from slimgraph.execute import Parking, run
-from slimgraph.passes import Sweep
+from slimgraph.passes import ApplyPlan, Sweep
 from slimgraph.pretrained import load_model, load_skeleton
 from slimgraph.recipe import Recipe, method
 from slimgraph.shards import NOTES, Shards, run_folder
@@ -53,6 +53,30 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 def weights_of(directory: Path) -> dict[str, Tensor]:
     return {name: t for f in directory.glob("*.safetensors") for name, t in load_file(f).items()}
+
+
+# -- what is refused before anything is read or written ----------------------------------------------------------------
+
+
+TWICE = Recipe((*RECIPE.passes[:-1], *RECIPE.passes[-3:]))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (TWICE, r"^a streamed model can be cut by one pass only, found sweep and sweep: "),
+        (
+            Recipe((ApplyPlan({}), *RECIPE.passes)),
+            r"^a streamed model can be cut by one pass only, found apply_plan and sweep: ",
+        ),
+        ("slimgraph", r"^self_calibration: a model whose weights are streamed cannot write .* the method slimllm$"),
+    ],
+    ids=["two sweeps", "a plan and a sweep", "samples of its own"],
+)
+def test_recipes_that_need_the_weights_again(recipe: Recipe | str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=message):
+        prune_checkpoint(tmp_path / "nothing", tmp_path / "out", IDS, recipe=recipe)
+    assert not any(tmp_path.iterdir())
 
 
 # -- the same as in memory --------------------------------------------------------------------------------------------

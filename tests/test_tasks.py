@@ -18,7 +18,8 @@ from torch import nn
 pytest.importorskip("lm_eval")
 
 from slimgraph import tasks as module
-from slimgraph.errors import EvaluationError
+from slimgraph.compare import Contender, Measures, compare
+from slimgraph.errors import CalibrationError, EvaluationError
 from slimgraph.evaluation import evaluate
 from slimgraph.tasks import PAPER_METRICS, TaskScore, TaskScores, evaluate_tasks, load_tasks
 
@@ -206,3 +207,15 @@ def test_texts_and_tasks_in_one_result(
     assert "average" in repr(found)
     with pytest.raises(EvaluationError, match="nothing to measure"):
         evaluate(tiny_llama(), tiny_tokenizer)
+
+
+def test_a_token_that_the_model_lacks_is_told_wherever_it_stands(
+    tiny_llama: MakeModel, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(". " * 40 + "tree " * 20)
+    model = tiny_llama(vocab_size=1 + tiny_tokenizer(".")["input_ids"][0])
+    with pytest.raises(CalibrationError, match=r"the vocabulary of LlamaForCausalLM: use the model's own tokenizer$"):
+        evaluate(model, tiny_tokenizer, texts=[tmp_path / "text.txt"], seq_len=16)
+    contenders = [Contender("a", lambda: model, tiny_tokenizer)]
+    with pytest.raises(CalibrationError, match="the vocabulary of LlamaForCausalLM"):
+        compare(contenders, Measures(texts=[tmp_path / "text.txt"], seq_len=16))

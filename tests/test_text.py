@@ -34,6 +34,23 @@ def test_limit_takes_the_start(prose: Path, tiny_tokenizer: Any) -> None:
     assert text.read_text(prose, limit=10) == SENTENCE[:10]
 
 
+def test_a_limit_is_reached_in_text_of_long_lines(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("sits " * 120 + "\n" + "sits " * 300, encoding="utf-8")
+    whole = text.read_tokens(path, tiny_tokenizer)
+    for limit in (120, 122, 128, 150, 200):
+        assert text.read_tokens(path, tiny_tokenizer, limit=limit).equal(whole[:limit])
+
+
+@pytest.mark.parametrize("given", ["the old cat " * 40, "老" * 360, "the cat " * 10_000, "~5 cats sit"])
+def test_what_no_file_can_be_called_is_a_text(given: str, tiny_tokenizer: Any) -> None:
+    assert not text.is_source(given)
+    assert text.calibration_tokens(given, tiny_tokenizer, samples=1, seq_len=1).numel() == 1
+    if not given.startswith("~"):
+        with pytest.raises(CalibrationError, match="does not exist"):
+            text.read_text(Path(given))
+
+
 def test_several_texts_are_joined_by_empty_lines(tiny_tokenizer: Any) -> None:
     assert text.tokenize(["cat", "dog"], tiny_tokenizer).equal(text.tokenize("cat\n\ndog", tiny_tokenizer))
     for empty in ("", [], "  "):

@@ -91,7 +91,7 @@ def bisect(
     _check_alike(before, after)
     resolved = None if plan is None else resolve(before.structure, Plan(plan.cuts))
     batches = _batches(before, after, tokens.to(after.device), seq_len, batch)
-    check_tokens(before.model, batches[0])
+    check_tokens(before.model, tokens, seq_len)
     return _Run(before, after, resolved, batches, threshold, progress).bisection(seq_len, restore)
 
 

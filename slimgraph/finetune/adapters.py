@@ -44,12 +44,15 @@ class Adapted:
         Raises:
             NumericsError: a weight would become NaN or infinite. The adapters are then removed without merging.
         """
-        try:
-            self.model.merge_and_unload(safe_merge=True)
-        except ValueError as error:
-            raise NumericsError(
-                f"the trained adapters cannot be merged ({error}); train with a lower learning rate or in float32"
-            ) from error
+        from peft.tuners.lora import LoraLayer
+
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, LoraLayer) and not _stays_finite(layer):
+                raise NumericsError(
+                    f"the trained adapters cannot be merged: {name} would become NaN or infinite; train with a lower "
+                    "learning rate or in float32"
+                )
+        self.model.merge_and_unload()
         self._attached = False
 
     def remove(self) -> None:
@@ -61,6 +64,13 @@ class Adapted:
         with torch.no_grad():
             for bias, value in self._before:
                 bias.copy_(value)
+
+
+def _stays_finite(layer: Any) -> bool:
+    """Whether a weight can take its adapters."""
+    with torch.no_grad():
+        added = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+        return bool(torch.isfinite(layer.get_base_layer().weight + added).all())
 
 
 def check_peft() -> None:

@@ -119,7 +119,7 @@ def finetune(
 
     Args:
         model: pruned or not: a directory or name on the hub, the result of `slimgraph.prune`, or a transformers model.
-            A model in memory is changed in place; when training fails its weights are as before.
+            A model in memory is changed in place; where training or merging fails its weights are as before.
         data: records in Alpaca's format.
         out: directory for the checkpoint.
         tokenizer: of the model; that of the checkpoint by default.
@@ -156,7 +156,7 @@ def finetune(
     with shown("load"):
         subject = _subject(model, load)
         guide = _teacher(teacher, tokenizer, records[0], load, load_words)
-    manifest = model.manifest() if isinstance(model, Result) else hf.manifest_of(subject)
+    manifest = hf.manifest_of(subject)
     hf.verify(subject, manifest or Manifest.empty())
     _check_fit(subject, examples)
 
