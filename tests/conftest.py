@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports the hub's client
-# On some processors the last bits of a product depend on where in memory its matrices lie, unless MKL is told otherwise.
+# Else, on some processors, the last bits of a product depend on where in memory its matrices lie.
 os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 
 from collections.abc import Callable
