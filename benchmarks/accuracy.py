@@ -51,6 +51,7 @@ from slimgraph.recipe import Recipe, method
 
 BASELINE, OWN = "SlimLLM", "Slimgraph"
 LOCAL = LeastSquares("local")
+WEAK = LeastSquares("stream", 409.6)
 STREAM, CORRECTED = LeastSquares("stream"), LeastSquares("stream", correction=8192.0)
 
 
@@ -92,7 +93,7 @@ IDEAS: dict[str, Maker] = {
     "full fit, local target": lambda *given: slimllm(*given, recovery=LOCAL),
     "full fit, dense target": lambda *given: slimllm(*given, recovery=LeastSquares("dense")),
     "full fit, dense target and stream": lambda *given: slimllm(*given, recovery=STREAM),
-    "the same, weak prior (410 tokens)": lambda *given: slimllm(*given, recovery=LeastSquares("stream", 409.6)),
+    "full fit, dense target and stream, weak prior (410 tokens)": lambda *given: slimllm(*given, recovery=WEAK),
     "full fit, local target, then the stream": lambda *given: slimllm(*given, recovery=CORRECTED),
     "regression, dense target and stream": lambda *given: slimllm(*given, recovery=LeastSquares("stream", math.inf)),
     "full fit, local target, elimination": eliminated(0),

@@ -304,7 +304,7 @@ def describe(
     """
     share = "the decoder layers' parameters" if options.of == "layers" else "all parameters"
     spread = "the standard error over windows"
-    if len(options.seeds) > 1 and windows is None:
+    if len(options.seeds) > 1:
         spread = f"the standard deviation over the calibration seeds, and for a single run {spread}"
     return (
         f"Shares are of {share}. Calibration: {windows or f'{options.samples} windows'} of {options.seq_len} tokens "

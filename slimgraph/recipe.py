@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +185,8 @@ def _read_pass(place: int, entry: Any) -> Pass:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(p) for p in first["loc"]) or "fields"
+        known = ", ".join(f.name for f in dataclasses.fields(cls)) or "none"
+        hint = f"; its fields are {known}" if first["type"] == "unexpected_keyword_argument" else ""
         raise RecipeError(
-            f"pass {place} of the recipe, {name}: {where}: {first['msg']} (found {first['input']!r})"
+            f"pass {place} of the recipe, {name}: {where}: {first['msg']} (found {first['input']!r}){hint}"
         ) from error

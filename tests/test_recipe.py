@@ -194,7 +194,7 @@ NO_RECIPES = [
     ("passes: [{magic: {}}]", "no pass is called 'magic'; there are "),
     (
         "passes: [{pearson: {serch: true}}]",
-        "pass 1 of the recipe, pearson: serch: Unexpected keyword argument (found True)",
+        "pass 1 of the recipe, pearson: serch: Unexpected keyword argument (found True); its fields are search",
     ),
     (
         "passes: [sweep, {pearson: {search: 3}}]",

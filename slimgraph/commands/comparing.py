@@ -41,7 +41,7 @@ def compare_command(
     text: Annotated[
         list[str] | None, typer.Option(help="Text to take the perplexity on; give it again for more.")
     ] = None,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of each window.")] = 128,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of each window, those of calibration too.")] = 128,
     tokens: Annotated[int | None, typer.Option(min=2, help="Only the first so many tokens of each text.")] = None,
     bos: Annotated[
         str, typer.Option(help=f"Start-of-text token on every window and prompt: {', '.join(BOS_MODES)}.")

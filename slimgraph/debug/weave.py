@@ -1,8 +1,8 @@
 """Two graphs woven into one, so that one run compares them node by node and frees values as it goes.
 
 A woven graph has one input, the token ids, and several *strands*: copies of the nodes of either graph, placed so that
-aligned nodes stand side by side. `slimgraph.sweep.run` runs it like any other graph; parameters carry the strand's name
-before their own.
+aligned nodes stand side by side. `slimgraph.execute.run` runs it like any other graph; parameters carry the strand's
+name before their own.
 
 Three strands tell where a pruned model goes wrong. *Dense* and *free* are the two graphs as they are. *Forced* is the
 pruned graph once more, in which every value that pruning is meant to change (a sum over cut units), and every site's
