@@ -31,7 +31,7 @@ class _Allocation(Pass):
     Attributes:
         ratio: share of all parameters that goes, added biases counted: of the model as it is when the pass runs.
         unit_ratio: instead of `ratio`, the share of units that goes, averaged over the cut layers (the method's own
-            ratio).
+            ratio), as far as whole units allow: of every site at least one stays.
         heads: "kv", "balanced" or "auto": what is removed under grouped-query attention; see
             `slimgraph.units.units_of`.
         round_to: kept channels are a multiple of this, at sites that have more.

@@ -41,9 +41,10 @@ class HarmAllocation(_Allocation):
     Attributes:
         widths: shares of a site's units that are kept when it is tried, of few units at least one. No site gets
             narrower than the lowest.
-        tokens: calibration tokens that every cut is tried on, of whole samples among those that cuts are decided from.
-        samples: calibration samples that the tried cuts are decided from, rounded up to whole micro-batches; all others
-            are left to the sweep. None takes all.
+        tokens: calibration tokens that every cut is tried on in each process, of whole samples among those that cuts
+            are decided from.
+        samples: calibration samples that the tried cuts are decided from in each process, rounded up to whole
+            micro-batches; all others are left to the sweep. None takes all.
         power: harm is a power mean over their positions: 1 for the mean; 2, the root mean square, spares what few
             positions need much.
         together: harms are scaled, kind by kind and width by width, to add up to what all cuts do at once.
