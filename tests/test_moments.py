@@ -106,7 +106,7 @@ def test_badly_centred_float32_keeps_its_accuracy(mean: float) -> None:
     torch.testing.assert_close(moments.mean, exact.mean(0), rtol=1e-12, atol=1e-7)
     # relative to the variance, whatever the mean
     assert float((moments.covariance - centred.T @ centred / len(x)).abs().max()) < 1e-6
-    torch.testing.assert_close(moments.norms, exact.norm(dim=0), rtol=1e-7, atol=0)
+    torch.testing.assert_close(moments.norms, exact.norm(dim=0), rtol=5e-7, atol=0)  # some ulps of float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

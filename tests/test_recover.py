@@ -110,7 +110,7 @@ def test_output_that_does_not_vary_keeps_slope_one() -> None:
     weight, bias = recover.regression(site.evidence(), channels)
     expected_weight, expected_bias = recover.bias_only(site.evidence(), channels)
     assert weight.equal(expected_weight)
-    assert bias.equal(expected_bias)
+    torch.testing.assert_close(bias, expected_bias, rtol=0, atol=1e-11)  # of means around a thousand
 
 
 def test_kept_channels_that_cancel_out_keep_slope_one() -> None:
