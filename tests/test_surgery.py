@@ -43,7 +43,7 @@ def random_decoder(seed: int) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": dice.choice([n for n in (1, 2, 3, 6) if heads % n == 0]),
         "head_dim": head_dim,
-        "hidden_size": dice.choice([heads * head_dim, 6, 12, 24]),
+        "hidden_size": dice.choice([n for n in (heads * head_dim, 6, 12, 24) if n % heads == 0]),
         "intermediate_size": dice.choice([heads * head_dim, heads, 5, 16]),
         "num_hidden_layers": dice.randint(1, 3),
         "tie_word_embeddings": dice.random() < 0.5,
