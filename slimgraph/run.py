@@ -24,6 +24,7 @@ from slimgraph.compare import Comparison, Contender, Measures, compare
 from slimgraph.errors import CheckpointError, ModelError, RecipeError
 from slimgraph.evaluation import Evaluation, evaluate
 from slimgraph.finetune import FinetuneResult, FinetuneSettings, finetune
+from slimgraph.finetune.checkpoints import finished_steps
 from slimgraph.finetune.records import read_records
 from slimgraph.jsontext import json_text
 from slimgraph.order import check_order
@@ -406,7 +407,7 @@ def _finetune(
     if _finished(report, "finetuned"):
         return
     target = report.checkpoints["finetuned"]
-    resume = report.pruned is None and any(target.with_name(f"{target.name}.checkpoints").glob("step-*"))
+    resume = report.pruned is None and bool(finished_steps(target.with_name(f"{target.name}.checkpoints")))
     report.finetuned = finetune(
         report.checkpoints["pruned"],
         section.data,

@@ -36,7 +36,6 @@ __all__ = [
 BOS_MODES = ("auto", "always", "never")
 
 _SHORTEST_PARAGRAPH = 80  # characters of a paragraph that counts as prose
-_LONGEST_PATH = 1024
 _TEXT_SUFFIXES = {".csv", ".json", ".jsonl", ".log", ".md", ".parquet", ".rst", ".text", ".txt"}
 _FEWEST_TOKENS = 2**20  # of a calibration text that windows are drawn from, where it has so many
 _CHARACTERS_PER_TOKEN = 16  # at most, nearly always: how much text is read for a limited number of tokens

@@ -285,6 +285,8 @@ def test_what_cannot_be_compared_is_refused(result: Pruned) -> None:
     dense = dense_llama()
     with pytest.raises(CalibrationError, match="found 96 tokens, expected at least one window of 200"):
         bisect(dense, dense, IDS, seq_len=200)
+    with pytest.raises(CalibrationError, match=f"found the token ids 0 to {VOCABULARY}, expected 0 to"):
+        bisect(dense, dense, torch.cat([IDS, torch.full((16,), VOCABULARY)]), seq_len=16, batch=1)
     with pytest.raises(ModelError, match="GPT2LMHeadModel"):
         bisect(dense, decoder("gpt2").model, IDS, seq_len=16)
     with pytest.raises(ModelError, match=r"2 layers and .* 3"):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from slimgraph.errors import CheckpointError
 
-__all__ = ["Checkpoints", "Counters"]
+__all__ = ["Checkpoints", "Counters", "finished_steps"]
 
 _PARTIAL = ".partial-"
 _STEP = "step-"
@@ -39,6 +39,11 @@ class Counters:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+
+
+def finished_steps(directory: Path) -> list[Path]:
+    """The checkpoints of a run that were written whole, the last one last."""
+    return sorted(directory.glob(f"{_STEP}*"))
 
 
 class Checkpoints:
@@ -120,7 +125,7 @@ class Checkpoints:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _steps(self) -> list[Path]:
-        return sorted(self.directory.glob(f"{_STEP}*"))
+        return finished_steps(self.directory)
 
     def _check_identity(self, place: Path, found: dict[str, Any]) -> None:
         for key in sorted(self._identity.keys() | found.keys()):
