@@ -66,8 +66,8 @@ def eliminated(swaps: int) -> Maker:
 
 
 def written(samples: int, recovery: Pass) -> Maker:
-    """SlimLLM with another recovery, on samples that the model writes beside the given ones."""
-    return lambda *given: Recipe((SelfCalibration(samples), *slimllm(*given, recovery=recovery).passes))
+    """SlimLLM with another recovery, on samples that the model writes beside all given ones."""
+    return lambda *given: Recipe((SelfCalibration(samples, None), *slimllm(*given, recovery=recovery).passes))
 
 
 def own(name: str, change: Callable[..., Pass | None]) -> Maker:
@@ -121,10 +121,8 @@ WHOLE = (BASELINE, OWN)
 SKEWED = "boolq"  # about two of three of its answers are yes: models that can no longer tell get a third, or two, right
 PRODUCTS = f", but for the products that {OWN}'s recipe takes in bfloat16 where the processor is faster by it"
 COST = "Seconds of pruning."
-CURVE: dict[str, tuple[int, int]] = {
-    f"{given} given" + (f", {own} written" if own else ""): (given, own)
-    for given, own in [(32, 0), (64, 0), (128, 0), (512, 0), (2048, 0), (32, 32), (32, 96), (128, 128)]
-}
+CURVE: dict[str, int] = {}  # name of a row -> windows given
+CURVES: dict[str, Maker] = {}
 
 
 def curve_maker(samples: int) -> Maker:
@@ -132,13 +130,15 @@ def curve_maker(samples: int) -> Maker:
     return written(samples, LOCAL) if samples else IDEAS["full fit, local target"]
 
 
-CURVES: dict[str, Maker] = {name: curve_maker(samples) for name, (_, samples) in CURVE.items()}
+for windows, more in [(32, 0), (64, 0), (128, 0), (512, 0), (2048, 0), (32, 32), (32, 96), (128, 128)]:
+    row = f"{windows} given" + (f", {more} written" if more else "")
+    CURVE[row], CURVES[row] = windows, curve_maker(more)
 MORE = ", 512 given"
-for whole, samples in ((BASELINE, 0), (OWN, SelfCalibration().samples)):
-    CURVE[f"{whole}{MORE}"] = 512, samples
-    CURVES[f"{whole}{MORE}"] = IDEAS[whole]
-CURVE[f"{OWN}, 512 given, 512 written"] = 512, 512
-CURVES[f"{OWN}, 512 given, 512 written"] = own("self_calibration", lambda p, *_: replace(p, samples=512))
+for row in WHOLE:
+    CURVE[f"{row}{MORE}"], CURVES[f"{row}{MORE}"] = 512, IDEAS[row]
+for more in (192, 512):
+    row = f"{OWN}, 512 given and used, {more} written"
+    CURVE[row], CURVES[row] = 512, own("self_calibration", lambda p, *_, n=more: replace(p, samples=n, given=None))
 ALONE = tuple(name for name in IDEAS if not name.startswith((BASELINE, OWN)))
 CHANGED = (OWN, *(name for name in IDEAS if name.startswith(f"{OWN}, ")))
 
@@ -173,7 +173,7 @@ def task_options(options: argparse.Namespace) -> str:
 def cell(model: str, share: float, name: str, seed: int) -> Cell:
     """SlimLLM's is the one of the reproduction."""
     if name in CURVE:
-        return Cell(model, share, name, seed, "curve", scored=False, samples=CURVE[name][0])
+        return Cell(model, share, name, seed, "curve", scored=False, samples=CURVE[name])
     return Cell(model, share, name, seed, "" if name == BASELINE else "idea")
 
 
@@ -188,14 +188,14 @@ def write_curve(options: argparse.Namespace) -> None:
 def curve_table(options: argparse.Namespace, model: str) -> str:
     """Perplexities and seconds by the number of calibration tokens."""
     texts = [name for name, _ in options.text]
-    columns = ["share", "windows", "tokens", *texts, "seconds", "seeds"]
+    columns = ["share", "windows", "tokens given", *texts, "seconds", "seeds"]
     lines = [f"`{model}`", "", f"| {' | '.join(columns)} |", f"|--:|---|{'--:|' * (len(columns) - 2)}"]
     for share in options.shares:
-        for name, counts in CURVE.items():
+        for name, given in CURVE.items():
             if seeds := rows(options, model, share, name):
                 values = [perplexity_cell([s["perplexity"][t] for s in seeds]) for t in texts]
                 cost = [f"{seeds[0]['seconds']:.0f}", str(len(seeds))]
-                shown = [f"{share:.0%}", name, f"{sum(counts) * options.seq_len:,}", *values, *cost]
+                shown = [f"{share:.0%}", name, f"{given * options.seq_len:,}", *values, *cost]
                 lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines)
 

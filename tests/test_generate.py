@@ -243,6 +243,14 @@ def test_written_samples_join_the_given_ones() -> None:
     assert not other.equal(everything)
 
 
+@pytest.mark.parametrize(("given", "written"), [(32, 192), (192, 192), (500, 500)])
+def test_as_many_are_written_as_are_given(given: int, written: int) -> None:
+    batches = after(SelfCalibration(), batches=tokens(given, 3, seed=1).split(32))
+    count = int((torch.cat(batches)[:, 0] >= 1000).sum())
+    assert count == written
+    assert sum(map(len, batches)) == written + min(given, 64)
+
+
 def test_few_given_samples_make_no_small_micro_batches() -> None:
     assert [len(b) for b in after(SelfCalibration(samples=7), batches=[IDS[:1]], at_once=3)] == [3, 3, 2]
 
@@ -256,8 +264,42 @@ def test_every_process_takes_its_share_of_what_is_written(monkeypatch: pytest.Mo
     assert rows(torch.cat(found)) == rows(torch.cat([IDS, writer(IDS, 4)]))
 
 
+@pytest.mark.parametrize(
+    ("given", "used"), [(None, [0, 1, 2, 3, 4, 5]), (6, [0, 1, 2, 3, 4, 5]), (4, [0, 1, 3, 4]), (2, [0, 3]), (1, [0])]
+)
+def test_of_many_given_samples_some_are_used(given: int | None, used: list[int]) -> None:
+    """Taken at even distances, as the given ones may lie text by text."""
+    found = torch.cat(after(SelfCalibration(samples=5, given=given)))
+    assert rows(found) == rows(torch.cat([IDS[used], writer(IDS, 5)]))
+
+
+@pytest.mark.parametrize(("given", "used"), [(7, [0, 1, 2, 3, 4, 5]), (4, [0, 1, 3, 4]), (3, [0, 1, 3])])
+def test_processes_use_as_many_given_samples_together(
+    monkeypatch: pytest.MonkeyPatch, given: int, used: list[int]
+) -> None:
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    found = []
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        found += after(SelfCalibration(samples=4, given=given), batches=[IDS[3 * rank : 3 * rank + 3]])
+    assert rows(torch.cat(found)) == rows(torch.cat([IDS[used], writer(IDS, 4)]))
+
+
+def test_what_is_not_used_is_still_what_samples_begin_with() -> None:
+    """Written samples are the same, however many given ones are used."""
+    seen: list[Tensor] = []
+
+    def watched(given: Tensor, samples: int, **_: Any) -> Tensor:
+        seen.append(given)
+        return writer(given, samples)
+
+    after(SelfCalibration(samples=4, given=1), generate=watched)
+    assert seen[0].equal(IDS)
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"samples": 0}, "samples is 0; expected at least 1"),
+    ({"samples": 0}, "samples is 0; expected at least 1, or null for the usual number"),
+    ({"given": 0}, "given is 0; expected at least 1, or null for all"),
     ({"temperature": 0.0}, "temperature is 0.0; expected a number above 0"),
     ({"dtype": "int8"}, "dtype is 'int8'; expected bfloat16 or null"),
 ]

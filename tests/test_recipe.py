@@ -65,7 +65,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "pearson": {"search": False},
     "random_importance": {"seed": 7},
     "regression": {},
-    "self_calibration": {"samples": 5, "temperature": 0.5, "dtype": None, "seed": 7},
+    "self_calibration": {"samples": 5, "given": None, "temperature": 0.5, "dtype": None, "seed": 7},
     "sweep": {"dtype": "bfloat16"},
     "taylor": {"batch": 4},
     "uniform_allocation": {**ALLOCATION, "spare_first": 0.25, "spare_last": 0.125},

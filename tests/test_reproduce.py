@@ -209,19 +209,19 @@ def test_an_idea_is_alone_or_a_change_of_the_whole(ideas: ModuleType) -> None:
 def test_more_calibration_is_more_windows(
     ideas: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[str], tmp_path: Path
 ) -> None:
-    curve = {"4 given": (4, 0), "6 given": (6, 0), "4 given, 3 written": (4, 3)}
+    curve = {"4 given": 4, "6 given": 6, "4 given, 3 written": 4}
     monkeypatch.setattr(ideas, "CURVE", curve)
-    monkeypatch.setattr(ideas, "CURVES", {name: ideas.curve_maker(own) for name, (_, own) in curve.items()})
+    monkeypatch.setattr(ideas, "CURVES", dict(zip(curve, map(ideas.curve_maker, (0, 0, 3)), strict=True)))
     few = [*arguments, "--shares", "0.2", "--seeds", "0", "--curve"]
     assert start(ideas, monkeypatch, few) == list(curve)
     lines = (tmp_path / "results.md").read_text().splitlines()
     found = [[word.strip() for word in line.split("|")[2:5]] for line in lines if line.startswith("| 20% |")]
-    assert [row[:2] for row in found] == [["4 given", "64"], ["6 given", "96"], ["4 given, 3 written", "112"]]
+    assert [row[:2] for row in found] == [["4 given", "64"], ["6 given", "96"], ["4 given, 3 written", "64"]]
     assert len({row[2] for row in found}) == 3
 
 
 def test_with_more_windows_the_whole_methods_do_the_tasks(ideas: ModuleType) -> None:
-    names = ["32 given", "SlimLLM, 512 given", "Slimgraph, 512 given", "Slimgraph, 512 given, 512 written"]
+    names = ["32 given", "SlimLLM, 512 given", "Slimgraph, 512 given", "Slimgraph, 512 given and used, 512 written"]
     options = SimpleNamespace(
         model=[("m", "m")], shares=[0.2], seeds=[0, 1, 2], ideas=names, curve=True, task_seeds=[1, 2]
     )

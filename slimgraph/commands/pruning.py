@@ -61,7 +61,9 @@ def prune_command(
             f"[default: {_DEFAULT_TEXT}]"
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Calibration windows; the default method uses 64 at most, and writes more.")
+    ] = 32,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of each window.")] = 128,
     seed: Annotated[int, typer.Option(help="Of windows; with --method of written samples and random scores, too.")] = 0,
     heads: Annotated[str | None, typer.Option(help=f"{', '.join(HEAD_MODES)}: what goes of attention.")] = None,
