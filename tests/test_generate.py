@@ -251,6 +251,14 @@ def test_as_many_are_written_as_are_given(given: int, written: int) -> None:
     assert sum(map(len, batches)) == written + min(given, 64)
 
 
+def test_what_all_processes_are_given_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    batches = after(SelfCalibration(), batches=[tokens(150, 3, seed=1)], combine=lambda sums: 2 * sums)
+    written = torch.cat(batches)[:, 0]
+    assert sorted(written[written >= 1000].tolist()) == list(range(1150, 1300))
+
+
 def test_few_given_samples_make_no_small_micro_batches() -> None:
     assert [len(b) for b in after(SelfCalibration(samples=7), batches=[IDS[:1]], at_once=3)] == [3, 3, 2]
 
