@@ -65,11 +65,11 @@ class SelfCalibration(Pass):
         given = torch.cat(list(state.batches))
         samples = self.samples or max(_FEWEST, int(state.combine(torch.tensor(len(given)))))
         dtype = dtype_for(self.dtype, state)
+        mine = distributed.share(torch.arange(samples))
+        how = {"temperature": self.temperature, "dtype": dtype, "seed": self.seed, "progress": state.progress}
         with state.watch("writing"):
-            written = state.generate(
-                given, samples, temperature=self.temperature, dtype=dtype, seed=self.seed, progress=state.progress
-            )
-        everything = torch.cat([self._used(given), distributed.share(written).to(given)])
+            written = state.generate(given, samples, only=mine, **how)
+        everything = torch.cat([self._used(given), written.to(given)])
         order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(self.seed))
         state.batches = torch.split(everything[order.to(given.device)], state.at_once or len(state.batches[0]))
 

@@ -38,6 +38,7 @@ def generate(
     temperature: float = 1.0,
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    only: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Samples of the model's own distribution, as long as given ones, token by token with `transformers`' cache.
@@ -52,10 +53,12 @@ def generate(
         temperature: above 0; 1 is the model's own distribution.
         dtype: in which it runs, as a copy whose parameters are in it; its own by default.
         seed: of the sampling; the global random state is neither used nor changed.
+        only: (n,) int64, which of the samples to write, numbered from 0; all by default. What else is written makes no
+            difference to a sample, but for rounding.
         progress: shows how far it got.
 
     Returns:
-        (samples, tokens) int64, on the device of `like`.
+        (samples, tokens) int64, or as many as there are in `only`, on the device of `like`.
 
     Raises:
         CalibrationError: the model cannot generate, or fails when it tries.
@@ -72,8 +75,10 @@ def generate(
     dice = torch.Generator(device).manual_seed(seed)
     with evaluating(model):
         first, ahead = _beginnings(model, like, samples, dice)
-        # Drawn for all at once, so that it makes no difference how many are written together.
+        # Drawn for all at once, so that it makes no difference which are written, and how many together.
         shares = torch.rand(length + ahead - 1, samples, generator=dice, device=device, dtype=torch.float64)
+        if only is not None:
+            first, shares = first[only.to(first.device)], shares[:, only.to(device)]
         writer = model if dtype is None else _copied(model, dtype)
 
         def write(together: int) -> Tensor:
@@ -81,7 +86,7 @@ def generate(
             with (progress or SILENT)("writing samples", total=len(pieces[0]) * len(shares)) as tick:
                 return torch.cat([_write(writer, *piece, temperature, tick) for piece in zip(*pieces, strict=True)])
 
-        written = with_smaller_batches(write, min(samples, _TOGETHER), "writing samples")
+        written = with_smaller_batches(write, min(len(first), _TOGETHER), "writing samples")
     return written[:, ahead:].to(like.device)
 
 

@@ -137,6 +137,14 @@ def test_the_seed_decides_and_nothing_else_changes() -> None:
     assert all(t.equal(before[name]) for name, t in model.state_dict().items())
 
 
+@pytest.mark.parametrize("given", [SAME_START, IDS])
+@pytest.mark.parametrize("start", [3, None])
+def test_some_of_the_samples_are_what_they_are_among_all(given: Tensor, start: int | None) -> None:
+    model = model_with(bos_token_id=start)
+    only = torch.tensor([4, 1])
+    assert generate(model, given, 6, only=only).equal(generate(model, given, 6)[only])
+
+
 def test_a_low_precision_writes_text_too() -> None:
     written = generate(model_with().float(), SAME_START, 4, dtype=torch.bfloat16)
     assert written.shape == (4, IDS.shape[1])
@@ -215,9 +223,10 @@ def test_a_broken_model_is_refused() -> None:
 # -- the pass ---------------------------------------------------------------------------------------------------------
 
 
-def writer(given: Tensor, samples: int, **_: Any) -> Tensor:
+def writer(given: Tensor, samples: int, only: Tensor | None = None, **_: Any) -> Tensor:
     """Stands in for a model: samples that can be told apart."""
-    return torch.arange(1000, 1000 + samples)[:, None].expand(samples, given.shape[1])
+    written = torch.arange(1000, 1000 + samples)[:, None].expand(samples, given.shape[1])
+    return written if only is None else written[only]
 
 
 def after(step: SelfCalibration, **state: Any) -> list[Tensor]:
@@ -297,9 +306,9 @@ def test_what_is_not_used_is_still_what_samples_begin_with() -> None:
     """Written samples are the same, however many given ones are used."""
     seen: list[Tensor] = []
 
-    def watched(given: Tensor, samples: int, **_: Any) -> Tensor:
+    def watched(given: Tensor, samples: int, **how: Any) -> Tensor:
         seen.append(given)
-        return writer(given, samples)
+        return writer(given, samples, **how)
 
     after(SelfCalibration(samples=4, given=1), generate=watched)
     assert seen[0].equal(IDS)

@@ -327,6 +327,14 @@ def test_a_run_that_fails_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch:
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
+WRITTEN = {
+    "passes": [
+        {"self_calibration": {"samples": 5, "dtype": None}},
+        *method("slimllm", 0.2, round_to=1).to_dict()["passes"],
+    ]
+}
+
+
 def test_two_processes_decide_as_one(tmp_path: Path) -> None:
     source, one, two = saved(tmp_path, dtype=torch.float32), tmp_path / "one", tmp_path / "two"
     ids = tmp_path / "ids.json"
@@ -338,16 +346,17 @@ def test_two_processes_decide_as_one(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "from slimgraph import distributed, prune\n"
         "from slimgraph.pretrained import load_model\n"
-        "from slimgraph.recipe import method\n"
+        "from slimgraph.recipe import Recipe, method\n"
         "from slimgraph.streaming import prune_checkpoint\n"
         "source, out, ids = sys.argv[1:]\n"
         "with distributed.joined(torch.device('cpu')):\n"
         "    prune_checkpoint(source, out, json.load(open(ids)), recipe=method('slimllm', 0.2, round_to=4),\n"
         "                     dtype=torch.float32, batch=2)\n"
         "    assert distributed.world() == 2\n"
-        "    for name in ('flap', 'taylor'):\n"
+        "    for name in ('flap', 'taylor', 'written'):\n"
         "        model = load_model(source, dtype=torch.float64)\n"
-        "        found = prune(model, json.load(open(ids)), 0.2, recipe=name, round_to=1).plan\n"
+        f"        recipe = Recipe.from_dict({WRITTEN}) if name == 'written' else method(name, 0.2, round_to=1)\n"
+        "        found = prune(model, json.load(open(ids)), recipe=recipe).plan\n"
         "        Path(f'{out}-{name}-{distributed.rank()}').write_text(found.to_json())\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -360,8 +369,9 @@ def test_two_processes_decide_as_one(tmp_path: Path) -> None:
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-6)
     assert slimgraph.load_manifest(two).plan == here.plan.to_dict()
-    for name in ("flap", "taylor"):
-        alone = slimgraph.prune(load_model(source, dtype=torch.float64), IDS, 0.2, recipe=name, round_to=1).plan
+    for name in ("flap", "taylor", "written"):
+        recipe = Recipe.from_dict(WRITTEN) if name == "written" else method(name, 0.2, round_to=1)
+        alone = slimgraph.prune(load_model(source, dtype=torch.float64), IDS, recipe=recipe).plan
         assert [Path(f"{two}-{name}-{rank}").read_text() for rank in (0, 1)] == [alone.to_json()] * 2
 
 
