@@ -40,6 +40,8 @@ class Contender:
         tokenizer: of the model; None where no text is read.
         checkpoint: its directory, where it has one.
         series: name of the model that it was made of at some ratio; a picture joins these by a line.
+        perplexities: measured before with the same settings, by text as `Measures.texts` has it; not measured again.
+        tasks: likewise what `Measures.tasks` would return; None where it is to be asked.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Contender:
     tokenizer: Any = None
     checkpoint: str | Path | None = None
     series: str | None = None
+    perplexities: Mapping[str, Perplexity] = field(default_factory=dict)
+    tasks: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -232,11 +236,14 @@ def _entry(
     with progress(f"{contender.name}: count products"):
         counted = cost(model, tokens=measures.speed.prompt_tokens if measures.speed else measures.seq_len)
     found: dict[str, Perplexity] = {}
-    for text, tokens in ids.items():
-        check_tokens(model, tokens, measures.seq_len)
+    for text, source in _by_name(measures.texts).items():
+        if known := contender.perplexities.get(str(source)):
+            found[text] = known
+            continue
+        check_tokens(model, ids[text], measures.seq_len)
         found[text] = perplexity(
             model,
-            tokens,
+            ids[text],
             seq_len=measures.seq_len,
             batch=measures.batch,
             start=start_tokens(contender.tokenizer, measures.bos),
@@ -247,16 +254,26 @@ def _entry(
         cost=counted,
         checkpoint_bytes=None if contender.checkpoint is None else checkpoint_bytes(contender.checkpoint),
         perplexities=found,
-        tasks=dict(measures.tasks(model, contender.tokenizer)) if measures.tasks else {},
+        tasks=_tasks(contender, model, measures),
         series=contender.series or contender.name,
     )
 
 
+def _tasks(contender: Contender, model: nn.Module, measures: Measures) -> dict[str, float]:
+    if measures.tasks is None:
+        return {}
+    return dict(measures.tasks(model, contender.tokenizer) if contender.tasks is None else contender.tasks)
+
+
+def _by_name(texts: Sequence[str | Path]) -> dict[str, str | Path]:
+    """Texts by their names in the table."""
+    sources = {Path(text).stem or str(text): text for text in texts}
+    return sources if len(sources) == len(texts) else {str(text): text for text in texts}  # of files called alike
+
+
 def _token_ids(contender: Contender, measures: Measures) -> dict[str, Tensor]:
     """Tokens of every text, by the text's name in the table."""
-    sources = {Path(text).stem or str(text): text for text in measures.texts}
-    if len(sources) < len(measures.texts):
-        sources = {str(text): text for text in measures.texts}  # of files that are called alike the whole path
+    sources = _by_name(measures.texts)
     if not sources:
         return {}
     start = start_tokens(contender.tokenizer, measures.bos)

@@ -3,7 +3,7 @@
 A run file is a recipe with the model, the calibration and what comes afterwards. Everything it makes lies in one
 folder: `pruned/` and `finetuned/` are ordinary checkpoints, `evaluation.json`, `comparison.json` and `comparison.md`
 what was measured, `run.yaml` the run file itself. A run that was stopped goes on after its last checkpoint; what is
-evaluated and compared is measured anew.
+evaluated and compared is measured anew, once where both sections ask for the same.
 """
 
 from __future__ import annotations
@@ -464,7 +464,10 @@ def _compare(
         return found.percents()
 
     sources: dict[str, str | Path] = {"dense": plan.model, **report.checkpoints}
-    contenders = [Contender(name, partial(load, where), tokenizer, checkpoint=where) for name, where in sources.items()]
+    contenders = [
+        Contender(name, partial(load, where), tokenizer, checkpoint=where, **_known(plan, section, report, name))
+        for name, where in sources.items()
+    ]
     for other in section.others:
         theirs = load_tokenizer(other, trust_remote_code=plan.trust_remote_code)
         contenders.append(Contender(other, partial(load, other), theirs, checkpoint=other))
@@ -480,3 +483,17 @@ def _compare(
     report.comparison = compare(contenders, measures, progress=progress)
     _write(report.directory / "comparison.json", json_text(report.comparison.to_dict()) + "\n")
     _write(report.directory / "comparison.md", report.comparison.to_markdown() + "\n")
+
+
+def _known(plan: RunFile, section: CompareSection, report: RunReport, name: str) -> dict[str, Any]:
+    """What was measured of a model for the evaluation, as fields of its contender, where the comparison asks alike."""
+    other, found = plan.evaluate, report.evaluations.get(name)
+    if other is None or found is None or other.bos != section.bos:
+        return {}
+    known: dict[str, Any] = {}
+    if (other.seq_len, other.tokens) == (section.seq_len, section.tokens):
+        known["perplexities"] = found.perplexities
+    asked = ("tasks", "include_path", "limit")
+    if found.tasks is not None and all(getattr(other, key) == getattr(section, key) for key in asked):
+        known["tasks"] = found.tasks.percents()
+    return known

@@ -90,6 +90,19 @@ def test_windows_begin_as_asked(
     assert entry.perplexities["story"].value == expected.value
 
 
+def test_what_is_known_is_not_measured(
+    whole: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = perplexity(whole, read_tokens(text, tiny_tokenizer), seq_len=16)
+    monkeypatch.setattr("slimgraph.compare.perplexity", None)
+    one = Contender("a", lambda: whole, tiny_tokenizer, perplexities={str(text): known}, tasks={"size": 1.0})
+    (entry,) = compare([one], Measures([text], seq_len=16, tasks=lambda *_: {"size": 2.0})).entries
+    assert entry.perplexities == {"story": known}
+    assert entry.tasks == {"size": 1.0}
+    (entry,) = compare([one], Measures(seq_len=16)).entries
+    assert entry.perplexities == entry.tasks == {}
+
+
 def test_all_forms_say_the_same(found: Comparison) -> None:
     rows = found.to_markdown().split("\n\n")[0].splitlines()
     assert len(rows) == 2 + 2

@@ -20,8 +20,9 @@ from slimgraph.bench import Settings
 from slimgraph.errors import CalibrationError, CheckpointError, DataError, RecipeError, SlimgraphError
 from slimgraph.finetune import FinetuneSettings
 from slimgraph.passes import Pearson, Sweep, UniformAllocation, WandaSp
+from slimgraph.perplexity import perplexity
 from slimgraph.pretrained import load_model
-from slimgraph.run import CalibrationSection, RunFile, RunReport, run
+from slimgraph.run import CalibrationSection, RunFile, RunReport, _known, run
 
 PASSES = [
     {"pearson": {}},
@@ -298,6 +299,62 @@ def test_all_four_steps_run(
     assert list(report.evaluations) == ["dense", "pruned", "finetuned"]
     table = (Path(content["out"]) / "comparison.md").read_text()
     assert all(name in table for name in ("dense", "pruned", "finetuned"))
+
+
+@pytest.mark.parametrize(
+    ("compared", "measured"),
+    [
+        ({"seq_len": 16, "tokens": 64}, []),
+        ({"seq_len": 8, "tokens": 64}, ["dense", "pruned"]),
+        ({"seq_len": 16}, ["dense", "pruned"]),
+        ({"seq_len": 16, "tokens": 64, "bos": "never"}, ["dense", "pruned"]),
+        ({"seq_len": 16, "tokens": 64, "texts": ["other.txt"]}, ["dense", "pruned"]),
+    ],
+)
+def test_what_was_evaluated_is_not_measured_again(
+    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, compared: dict[str, Any], measured: list[str]
+) -> None:
+    text = Path(content["evaluate"]["texts"][0])
+    other = shutil.copy(text, Path(content["out"]).parent / "other.txt")
+    again: list[int] = []
+
+    def counted(model: Any, *given: Any, **options: Any) -> Any:
+        again.append(sum(p.numel() for p in model.parameters()))
+        return perplexity(model, *given, **options)
+
+    monkeypatch.setattr("slimgraph.compare.perplexity", counted)
+    content["compare"] = {**compared, "texts": [str(other if "texts" in compared else text)]}
+    found = run(RunFile.from_dict(content))
+    assert again == [found.evaluations[name].parameters for name in measured]
+    for entry in found.comparison.entries:
+        (shown,) = entry.perplexities.values()
+        assert (shown is found.evaluations[entry.name].perplexities[str(text)]) is not bool(measured)
+
+
+@pytest.mark.parametrize(
+    ("changed", "known"),
+    [
+        ({}, ["perplexities", "tasks"]),
+        ({"tokens": 9}, ["tasks"]),
+        ({"limit": 3}, ["perplexities"]),
+        ({"tasks": ("piqa",)}, ["perplexities"]),
+        ({"include_path": "there"}, ["perplexities"]),
+        ({"bos": "never"}, []),
+        ({"batch": 1}, ["perplexities", "tasks"]),
+    ],
+)
+def test_scores_are_taken_over_where_the_same_is_asked(
+    content: dict[str, Any], changed: dict[str, Any], known: list[str]
+) -> None:
+    asked = {**content["evaluate"], "tasks": ["boolq"], "limit": 5}
+    compared = {**{k: v for k, v in asked.items() if k != "dense"}, **changed}
+    plan = RunFile.from_dict({**content, "evaluate": asked, "compare": compared})
+    scores = SimpleNamespace(percents=lambda: {"boolq": 60.0})
+    measured = {"pruned": SimpleNamespace(perplexities={"a": 1.0}, tasks=scores)}
+    report = RunReport(Path(content["out"]), evaluations=measured)
+    given = _known(plan, plan.compare, report, "pruned")
+    assert given == {k: v for k, v in (("perplexities", {"a": 1.0}), ("tasks", {"boolq": 60.0})) if k in known}
+    assert _known(plan, plan.compare, report, "dense") == {}
 
 
 def test_the_command(
