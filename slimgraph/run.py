@@ -330,7 +330,7 @@ def _check_place(plan: RunFile, out: Path, force: bool) -> bool:
     noted = out / _NOTED
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; expected a folder for the run, or nothing")
-    same = noted.is_file() and noted.read_text(encoding="utf-8") == plan.to_yaml()
+    same = noted.is_file() and _makes_the_same(noted, plan)
     if out.is_dir() and any(out.iterdir()) and not same and not force:
         raise CheckpointError(
             f"{out} holds something that is not this run; choose another folder, or ask for it to be replaced (force)"
@@ -339,7 +339,26 @@ def _check_place(plan: RunFile, out: Path, force: bool) -> bool:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
+    if same and not force:
+        _note(plan, out)  # what is measured may have changed
     return same and not force
+
+
+def _makes_the_same(noted: Path, plan: RunFile) -> bool:
+    """Whether the run that is noted there makes the same checkpoints, whatever it measures of them."""
+    try:
+        other = RunFile.from_file(noted)
+    except RecipeError:
+        return False
+    left_out = {"evaluate": None, "compare": None}
+    return other.model_copy(update=left_out) == plan.model_copy(update=left_out)
+
+
+def _note(plan: RunFile, out: Path) -> None:
+    try:
+        _write(out / _NOTED, plan.to_yaml())
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
 
 
 def _begin(plan: RunFile, out: Path) -> None:
@@ -348,9 +367,9 @@ def _begin(plan: RunFile, out: Path) -> None:
         for made in (out / "pruned", out / "finetuned"):
             if (made / "config.json").is_file():
                 shutil.rmtree(made)
-        _write(out / _NOTED, plan.to_yaml())
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
+    _note(plan, out)
 
 
 def _write(path: Path, text: str) -> None:

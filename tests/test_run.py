@@ -98,7 +98,7 @@ def test_another_run_in_the_same_folder_is_refused_unless_forced(
 ) -> None:
     content, _ = finished
     shutil.copytree(content["out"], tmp_path / "out")
-    changed = {**content, "out": str(tmp_path / "out"), "evaluate": None}
+    changed = {**content, "out": str(tmp_path / "out"), "calibration": {**content["calibration"], "seed": 1}}
     with pytest.raises(CheckpointError, match="holds something that is not this run"):
         run(RunFile.from_dict(changed))
     assert run(RunFile.from_dict(changed), force=True).kept == []
@@ -106,6 +106,17 @@ def test_another_run_in_the_same_folder_is_refused_unless_forced(
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="is a file"):
         run(RunFile.from_dict({**changed, "out": str(tmp_path / "file")}))
+
+
+def test_a_finished_run_can_measure_more(content: dict[str, Any]) -> None:
+    first = run(RunFile.from_dict({**content, "evaluate": None}))
+    assert first.evaluations == {}
+    assert run(RunFile.from_dict(content)).kept == ["pruned"]
+    noted = Path(content["out"]) / "run.yaml"
+    assert RunFile.from_file(noted) == RunFile.from_dict(content)
+    noted.write_text("nothing: of ours")
+    with pytest.raises(CheckpointError, match="holds something that is not this run"):
+        run(RunFile.from_dict(content))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +155,7 @@ def test_a_run_does_not_take_anothers_model_for_its_own(
 ) -> None:
     """Where what another run made cannot be removed, this one is not noted down."""
     out = shutil.copytree(finished[0]["out"], tmp_path / "out")
-    other = RunFile.from_dict({**finished[0], "out": str(out), "evaluate": None})
+    other = RunFile.from_dict({**finished[0], "out": str(out)})
 
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
