@@ -121,8 +121,7 @@ WHOLE = (BASELINE, OWN)
 SKEWED = "boolq"  # about two of three of its answers are yes: models that can no longer tell get a third, or two, right
 PRODUCTS = f", but for the products that {OWN}'s recipe takes in bfloat16 where the processor is faster by it"
 COST = "Seconds of pruning."
-CURVE: dict[str, int] = {}  # name of a row -> windows given
-CURVES: dict[str, Maker] = {}
+MORE = ", 512 given"
 
 
 def curve_maker(samples: int) -> Maker:
@@ -130,15 +129,18 @@ def curve_maker(samples: int) -> Maker:
     return written(samples, LOCAL) if samples else IDEAS["full fit, local target"]
 
 
-for windows, more in [(32, 0), (64, 0), (128, 0), (512, 0), (2048, 0), (32, 32), (32, 96), (128, 128)]:
-    row = f"{windows} given" + (f", {more} written" if more else "")
-    CURVE[row], CURVES[row] = windows, curve_maker(more)
-MORE = ", 512 given"
-for row in WHOLE:
-    CURVE[f"{row}{MORE}"], CURVES[f"{row}{MORE}"] = 512, IDEAS[row]
-for more in (192, 512):
-    row = f"{OWN}, 512 given and used, {more} written"
-    CURVE[row], CURVES[row] = 512, own("self_calibration", lambda p, *_, n=more: replace(p, samples=n, given=None))
+def all_used(samples: int) -> Maker:
+    """Slimgraph that writes so many samples beside all given ones."""
+    return own("self_calibration", lambda p, *_: replace(p, samples=samples, given=None))
+
+
+CURVE: dict[str, tuple[int, Maker]] = {
+    **{f"{given} given": (given, curve_maker(0)) for given in (32, 64, 128, 512, 2048)},
+    **{f"{given} given, {n} written": (given, curve_maker(n)) for given, n in [(32, 32), (32, 96), (128, 128)]},
+    **{f"{whole}{MORE}": (512, IDEAS[whole]) for whole in WHOLE},
+    **{f"{OWN}{MORE} and used, {n} written": (512, all_used(n)) for n in (192, 512)},
+}
+"""Name of a row -> windows given, and what is done with them."""
 ALONE = tuple(name for name in IDEAS if not name.startswith((BASELINE, OWN)))
 CHANGED = (OWN, *(name for name in IDEAS if name.startswith(f"{OWN}, ")))
 
@@ -173,7 +175,7 @@ def task_options(options: argparse.Namespace) -> str:
 def cell(model: str, share: float, name: str, seed: int) -> Cell:
     """SlimLLM's is the one of the reproduction."""
     if name in CURVE:
-        return Cell(model, share, name, seed, "curve", scored=False, samples=CURVE[name])
+        return Cell(model, share, name, seed, "curve", scored=False, samples=CURVE[name][0])
     return Cell(model, share, name, seed, "" if name == BASELINE else "idea")
 
 
@@ -191,7 +193,7 @@ def curve_table(options: argparse.Namespace, model: str) -> str:
     columns = ["share", "windows", "tokens given", *texts, "seconds", "seeds"]
     lines = [f"`{model}`", "", f"| {' | '.join(columns)} |", f"|--:|---|{'--:|' * (len(columns) - 2)}"]
     for share in options.shares:
-        for name, given in CURVE.items():
+        for name, (given, _) in CURVE.items():
             if seeds := rows(options, model, share, name):
                 values = [perplexity_cell([s["perplexity"][t] for s in seeds]) for t in texts]
                 cost = [f"{seeds[0]['seconds']:.0f}", str(len(seeds))]
@@ -345,7 +347,8 @@ def main() -> None:
     options.add_argument("--task-seeds", nargs="+", type=int, help="with which the whole methods do tasks; the first")
     options.add_argument("--curve", action="store_true", help="the number of calibration tokens instead of the ideas")
     given = options.parse_args()
-    makers, write = (CURVES, write_curve) if given.curve else (IDEAS, write_table)
+    curves = {name: maker for name, (_, maker) in CURVE.items()}
+    makers, write = (curves, write_curve) if given.curve else (IDEAS, write_table)
     drive(given, __file__, cells(given), lambda _: makers, lambda: write(given))
 
 

@@ -57,19 +57,25 @@ class SelfCalibration(Pass):
         """Write the samples and mix them with the given ones that are used."""
         if not state.batches:
             raise CalibrationError("self_calibration needs calibration tokens to write more; found none in the state")
+        if self.given is not None and any(self.name in entry for entry in state.history):
+            raise PlanError(
+                "self_calibration: another one ran before, and what that wrote would count as given; expected one such "
+                "pass: ask it for more samples, or put `given: null` here"
+            )
         if state.generate is None:
             raise PlanError(
                 "self_calibration needs a model that can write text: one of transformers with `generate`, in memory as "
                 "a whole; found none in the state. Leave the pass out, or set State.generate"
             )
         given = torch.cat(list(state.batches))
+        used = self._used(given)
         samples = self.samples or max(_FEWEST, int(state.combine(torch.tensor(len(given)))))
         dtype = dtype_for(self.dtype, state)
         mine = distributed.share(torch.arange(samples))
         how = {"temperature": self.temperature, "dtype": dtype, "seed": self.seed, "progress": state.progress}
         with state.watch("writing"):
             written = state.generate(given, samples, only=mine, **how)
-        everything = torch.cat([self._used(given), written.to(given)])
+        everything = torch.cat([used, written.to(given)])
         order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(self.seed))
         state.batches = torch.split(everything[order.to(given.device)], state.at_once or len(state.batches[0]))
 
@@ -77,5 +83,10 @@ class SelfCalibration(Pass):
         """Those of this process's given samples (n, tokens) that are used."""
         if self.given is None:
             return given
+        if self.given < distributed.world():
+            raise CalibrationError(
+                f"self_calibration: given is {self.given} and there are {distributed.world()} processes; expected at "
+                "least one given sample for each: ask for more, for fewer processes, or for all (null)"
+            )
         most = len(distributed.share(torch.arange(self.given)))
         return given if len(given) <= most else given[torch.arange(most) * len(given) // most]

@@ -170,7 +170,8 @@ def prune(
         model: any causal language model that `torch.export` can trace; not changed. The result shares with it all
             parameters that nothing was cut of, so that training the one changes the other.
         calibration: token ids (samples, tokens) int64; or, with `tokenizer`, a text, a list of texts, or where a text
-            lies: the path of a file or the name of a data set, see `slimgraph.text.calibration_tokens`.
+            lies: the path of a file or the name of a data set, see `slimgraph.text.calibration_tokens`. The method
+            "slimgraph" uses 64 samples of them at most, see `slimgraph.passes.SelfCalibration`.
         ratio: share of all parameters that goes; ignored when `recipe` is a `Recipe`.
         tokenizer: of the model, for a calibration text.
         samples: number of windows that are drawn from a calibration text.

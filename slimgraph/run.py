@@ -9,7 +9,7 @@ evaluated and compared is measured anew, once where both sections ask for the sa
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from slimgraph.text import mixed_tokens, read_text
 __all__ = ["RunFile", "RunReport", "run"]
 
 _NOTED = "run.yaml"
+_MEASURED = {"evaluate": ("evaluation.json",), "compare": ("comparison.json", "comparison.md")}  # section -> its files
 _GLANCE = 1000  # characters of a text that are read to see whether it is there
 
 _Bos = Literal["auto", "always", "never"]
@@ -242,8 +243,8 @@ def run(plan: RunFile, *, force: bool = False, progress: Progress | None = None)
 
     Args:
         plan: the run file.
-        force: begin anew where another run has left something; without, a run with the same file goes on after its last
-            finished checkpoint.
+        force: begin anew where another run has left something; without, a run goes on after its last finished
+            checkpoint, also with another `evaluate` or `compare` in its file.
         progress: shows what is going on.
 
     Raises:
@@ -330,7 +331,8 @@ def _check_place(plan: RunFile, out: Path, force: bool) -> bool:
     noted = out / _NOTED
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; expected a folder for the run, or nothing")
-    same = noted.is_file() and _makes_the_same(noted, plan)
+    before, now = _noted(noted), yaml.safe_load(plan.to_yaml())
+    same = before is not None and all(before.get(k) == now.get(k) for k in {*before, *now} - _MEASURED.keys())
     if out.is_dir() and any(out.iterdir()) and not same and not force:
         raise CheckpointError(
             f"{out} holds something that is not this run; choose another folder, or ask for it to be replaced (force)"
@@ -339,23 +341,25 @@ def _check_place(plan: RunFile, out: Path, force: bool) -> bool:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
-    if same and not force:
-        _note(plan, out)  # what is measured may have changed
+    if before is not None and same and not force:
+        _note(plan, out, [section for section in _MEASURED if before.get(section) != now.get(section)])
     return same and not force
 
 
-def _makes_the_same(noted: Path, plan: RunFile) -> bool:
-    """Whether the run that is noted there makes the same checkpoints, whatever it measures of them."""
+def _noted(file: Path) -> dict[str, Any] | None:
+    """A run file as it was noted, without the defaults of today; None where there is none."""
     try:
-        other = RunFile.from_file(noted)
-    except RecipeError:
-        return False
-    left_out = {"evaluate": None, "compare": None}
-    return other.model_copy(update=left_out) == plan.model_copy(update=left_out)
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
-def _note(plan: RunFile, out: Path) -> None:
+def _note(plan: RunFile, out: Path, changed: Iterable[str] = _MEASURED) -> None:
+    """Note down a run, and remove what was measured by sections that are not as they were."""
     try:
+        for name in (name for section in changed for name in _MEASURED[section]):
+            (out / name).unlink(missing_ok=True)
         _write(out / _NOTED, plan.to_yaml())
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error

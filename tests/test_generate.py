@@ -302,6 +302,22 @@ def test_processes_use_as_many_given_samples_together(
     assert rows(torch.cat(found)) == rows(torch.cat([IDS[used], writer(IDS, 4)]))
 
 
+def test_more_processes_than_given_samples_are_refused_before_any_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    with pytest.raises(CalibrationError, match=r"^self_calibration: given is 1 and there are 2 processes; expected at"):
+        after(SelfCalibration(given=1), generate=lambda *_, **__: pytest.fail("it wrote"))
+
+
+def test_what_was_written_does_not_count_as_given() -> None:
+    graph = attach(own_graph(decoder()), State(batches=IDS.split(2), generate=writer))
+    SelfCalibration(samples=4)(graph)
+    with pytest.raises(PlanError, match=r"^self_calibration: another one ran before, .*: ask it for more samples, or"):
+        SelfCalibration(samples=4)(graph)
+    SelfCalibration(samples=3, given=None)(graph)
+    expected = torch.cat([IDS, writer(IDS, 4), writer(IDS, 3)])
+    assert rows(torch.cat(list(state_of(graph).batches))) == rows(expected)
+
+
 def test_what_is_not_used_is_still_what_samples_begin_with() -> None:
     """Written samples are the same, however many given ones are used."""
     seen: list[Tensor] = []

@@ -209,9 +209,8 @@ def test_an_idea_is_alone_or_a_change_of_the_whole(ideas: ModuleType) -> None:
 def test_more_calibration_is_more_windows(
     ideas: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[str], tmp_path: Path
 ) -> None:
-    curve = {"4 given": 4, "6 given": 6, "4 given, 3 written": 4}
-    monkeypatch.setattr(ideas, "CURVE", curve)
-    monkeypatch.setattr(ideas, "CURVES", dict(zip(curve, map(ideas.curve_maker, (0, 0, 3)), strict=True)))
+    curve = {"4 given": (4, 0), "6 given": (6, 0), "4 given, 3 written": (4, 3)}
+    monkeypatch.setattr(ideas, "CURVE", {name: (given, ideas.curve_maker(n)) for name, (given, n) in curve.items()})
     few = [*arguments, "--shares", "0.2", "--seeds", "0", "--curve"]
     assert start(ideas, monkeypatch, few) == list(curve)
     lines = (tmp_path / "results.md").read_text().splitlines()

@@ -114,9 +114,31 @@ def test_a_finished_run_can_measure_more(content: dict[str, Any]) -> None:
     assert run(RunFile.from_dict(content)).kept == ["pruned"]
     noted = Path(content["out"]) / "run.yaml"
     assert RunFile.from_file(noted) == RunFile.from_dict(content)
-    noted.write_text("nothing: of ours")
-    with pytest.raises(CheckpointError, match="holds something that is not this run"):
-        run(RunFile.from_dict(content))
+    for text in ("nothing: of ours", "- a list", "{", noted.read_text().replace("    search: true\n", "")):
+        noted.write_text(text)
+        with pytest.raises(CheckpointError, match="holds something that is not this run"):
+            run(RunFile.from_dict(content))
+
+
+def test_no_measures_lie_beside_a_run_that_did_not_ask_for_them(content: dict[str, Any]) -> None:
+    out, texts = Path(content["out"]), content["evaluate"]["texts"]
+    run(RunFile.from_dict({**content, "compare": {"texts": texts, "seq_len": 16}}))
+    kept = (out / "evaluation.json").read_text()
+    again = run(RunFile.from_dict({**content, "compare": None}))
+    assert again.kept == ["pruned"]
+    assert list(again.evaluations) == list(json.loads(kept))
+    assert sorted(p.name for p in out.iterdir()) == ["evaluation.json", "pruned", "run.yaml"]
+    run(RunFile.from_dict({**content, "evaluate": None, "calibration": {"samples": 2, "seq_len": 8}}), force=True)
+    assert sorted(p.name for p in out.iterdir()) == ["pruned", "run.yaml"]
+
+
+def test_what_is_none_is_no_other_run(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Fields that are None are not noted down."""
+    (tmp_path / "records.json").write_text(json.dumps([{"instruction": "a", "output": "b"}] * 4))
+    data = {**content, "finetune": {"data": str(tmp_path / "records.json"), "records": None}, "evaluate": None}
+    monkeypatch.setattr("slimgraph.run._finetune", lambda *_: None)
+    run(RunFile.from_dict(data))
+    assert run(RunFile.from_dict(data)).kept == ["pruned"]
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def compare_command(
         list[str] | None,
         typer.Option(help="For --ratios, as in prune.  [default: prose of the Python language reference]"),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows, for --ratios.")] = 32,
+    samples: Annotated[int, typer.Option(min=1, help="For --ratios, as in prune.")] = 32,
     method: Annotated[str | None, typer.Option(help="For --ratios, as in prune.  [default: slimgraph]")] = None,
     seed: Annotated[int, typer.Option(help="For --ratios, as in prune.")] = 0,
     plot_to: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Picture, .png or .svg.")] = None,
