@@ -244,7 +244,7 @@ def run(plan: RunFile, *, force: bool = False, progress: Progress | None = None)
     Args:
         plan: the run file.
         force: begin anew where another run has left something; without, a run goes on after its last finished
-            checkpoint, also with another `evaluate` or `compare` in its file.
+            checkpoint, also with another `evaluate` or `compare` in its file, or with a `finetune` where there was none.
         progress: shows what is going on.
 
     Raises:
@@ -332,7 +332,7 @@ def _check_place(plan: RunFile, out: Path, force: bool) -> bool:
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; expected a folder for the run, or nothing")
     before, now = _noted(noted), yaml.safe_load(plan.to_yaml())
-    same = before is not None and all(before.get(k) == now.get(k) for k in {*before, *now} - _MEASURED.keys())
+    same = before is not None and _goes_on(before, now)
     if out.is_dir() and any(out.iterdir()) and not same and not force:
         raise CheckpointError(
             f"{out} holds something that is not this run; choose another folder, or ask for it to be replaced (force)"
@@ -344,6 +344,12 @@ def _check_place(plan: RunFile, out: Path, force: bool) -> bool:
     if before is not None and same and not force:
         _note(plan, out, [section for section in _MEASURED if before.get(section) != now.get(section)])
     return same and not force
+
+
+def _goes_on(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether what a run made is what another makes too, as far as the first went: not fine-tuned, it can be yet."""
+    free = {*_MEASURED, *({"finetune"} - before.keys())}
+    return all(before.get(key) == now.get(key) for key in {*before, *now} - free)
 
 
 def _noted(file: Path) -> dict[str, Any] | None:

@@ -120,7 +120,9 @@ def test_a_finished_run_can_measure_more(content: dict[str, Any]) -> None:
             run(RunFile.from_dict(content))
 
 
-def test_no_measures_lie_beside_a_run_that_did_not_ask_for_them(content: dict[str, Any]) -> None:
+def test_no_measures_lie_beside_a_run_that_did_not_ask_for_them(
+    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, texts = Path(content["out"]), content["evaluate"]["texts"]
     run(RunFile.from_dict({**content, "compare": {"texts": texts, "seq_len": 16}}))
     kept = (out / "evaluation.json").read_text()
@@ -128,6 +130,12 @@ def test_no_measures_lie_beside_a_run_that_did_not_ask_for_them(content: dict[st
     assert again.kept == ["pruned"]
     assert list(again.evaluations) == list(json.loads(kept))
     assert sorted(p.name for p in out.iterdir()) == ["evaluation.json", "pruned", "run.yaml"]
+    with monkeypatch.context() as patched:
+        patched.setattr("slimgraph.run._evaluate", lambda *_: None)
+        run(RunFile.from_dict({**content, "compare": None}))
+        assert (out / "evaluation.json").is_file()
+        run(RunFile.from_dict({**content, "evaluate": {"texts": texts, "seq_len": 8}}))
+        assert not (out / "evaluation.json").exists()
     run(RunFile.from_dict({**content, "evaluate": None, "calibration": {"samples": 2, "seq_len": 8}}), force=True)
     assert sorted(p.name for p in out.iterdir()) == ["pruned", "run.yaml"]
 
@@ -137,8 +145,12 @@ def test_what_is_none_is_no_other_run(content: dict[str, Any], monkeypatch: pyte
     (tmp_path / "records.json").write_text(json.dumps([{"instruction": "a", "output": "b"}] * 4))
     data = {**content, "finetune": {"data": str(tmp_path / "records.json"), "records": None}, "evaluate": None}
     monkeypatch.setattr("slimgraph.run._finetune", lambda *_: None)
-    run(RunFile.from_dict(data))
+    run(RunFile.from_dict({**data, "finetune": None}))  # it can be added
     assert run(RunFile.from_dict(data)).kept == ["pruned"]
+    assert run(RunFile.from_dict(data)).kept == ["pruned"]
+    for change in ({"finetune": None}, {"finetune": {**data["finetune"], "epochs": 3}}, {"dtype": "float64"}):
+        with pytest.raises(CheckpointError, match="holds something that is not this run"):
+            run(RunFile.from_dict({**data, **change}))
 
 
 @pytest.mark.parametrize(
