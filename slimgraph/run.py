@@ -244,7 +244,7 @@ def run(plan: RunFile, *, force: bool = False, progress: Progress | None = None)
     Args:
         plan: the run file.
         force: begin anew where another run has left something; without, a run goes on after its last finished
-            checkpoint, also with another `evaluate` or `compare` in its file, or with a `finetune` where there was none.
+            checkpoint, also with another `evaluate` or `compare` in its file, or a `finetune` where there was none.
         progress: shows what is going on.
 
     Raises:
