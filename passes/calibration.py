@@ -23,8 +23,8 @@ _FEWEST = 192  # samples that are written where no number is asked for: six time
 class SelfCalibration(Pass):
     """The dense model writes samples of its own, which join the given ones for all passes that follow.
 
-    They are as long as the given ones and are mixed with them at random. As many of one text as of the model's own
-    would fit what is left to that text, so that of many given ones only some are used, and more are written instead.
+    They are as long as the given ones and are mixed with them at random. More of one text than of the model's own would
+    fit what is left to that text, so that of many given ones only some are used, and more are written instead.
 
     Attributes:
         samples: how many it writes; None for as many as are given, and at least 192.
