@@ -30,7 +30,8 @@ class SelfCalibration(Pass):
         samples: how many it writes; None for as many as are given, and at least 192.
         given: how many of the given ones are used beside them, at most; they are taken at even distances. None for all.
         temperature: of the sampling; 1 is the model's own distribution.
-        dtype: in which it writes, if the device is faster in it: "bfloat16", or None for the model's own.
+        dtype: in which it writes, if the device is faster in it and the model runs in it: "bfloat16", or None for the
+            model's own.
         seed: of the sampling and the mixing.
     """
 

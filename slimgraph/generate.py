@@ -51,7 +51,7 @@ def generate(
         like: (n, tokens) int64, given samples.
         samples: how many to write.
         temperature: above 0; 1 is the model's own distribution.
-        dtype: in which it runs, as a copy whose parameters are in it; its own by default.
+        dtype: in which it runs, as a copy whose parameters are in it, if it can; its own by default.
         seed: of the sampling; the global random state is neither used nor changed.
         only: (n,) int64, which of the samples to write, numbered from 0; all by default. What else is written makes no
             difference to a sample, but for rounding.
@@ -79,7 +79,7 @@ def generate(
         shares = torch.rand(length + ahead - 1, samples, generator=dice, device=device, dtype=torch.float64)
         if only is not None:
             first, shares = first[only.to(first.device)], shares[:, only.to(device)]
-        writer = model if dtype is None else _copied(model, dtype)
+        writer = model if dtype is None else _copied(model, dtype, first[:1])
 
         def write(together: int) -> Tensor:
             pieces = torch.split(first.to(device), together), torch.split(shares, together, 1)
@@ -90,10 +90,25 @@ def generate(
     return written[:, ahead:].to(like.device)
 
 
-def _copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model with its parameters in another dtype, as if it had been loaded so: buffers keep theirs."""
+def _copied(model: nn.Module, dtype: torch.dtype, first: Tensor) -> nn.Module:
+    """The model with its parameters in another dtype, as if it had been loaded so: buffers keep theirs.
+
+    The model itself where the copy cannot read two tokens: some mix their parameters with buffers of one dtype only.
+
+    Args:
+        model: not changed.
+        dtype: of the copy's parameters.
+        first: (1, 1) int64, a token that it knows.
+    """
     parameters = {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, dict(parameters))
+    copied: nn.Module = copy.deepcopy(model, dict(parameters))
+    try:
+        copied(input_ids=first.expand(1, 2).to(next(model.parameters()).device), use_cache=False)
+    except Exception as error:  # whatever somebody else's model makes of it
+        if is_out_of_memory(error):
+            raise
+        return model
+    return copied
 
 
 def _beginnings(model: Any, like: Tensor, samples: int, dice: torch.Generator) -> tuple[Tensor, int]:

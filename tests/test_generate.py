@@ -150,6 +150,23 @@ def test_a_low_precision_writes_text_too() -> None:
     assert written.shape == (4, IDS.shape[1])
 
 
+def test_a_model_that_does_not_run_in_a_low_precision_writes_in_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_with().float()
+    own, forward = generate(model, SAME_START, 8), type(model).forward
+    tried: list[torch.dtype] = []
+
+    def picky(self: Any, **given: Any) -> Any:
+        tried.append(next(self.parameters()).dtype)
+        if tried[-1] == torch.bfloat16:
+            raise RuntimeError("mixed dtype (CPU): expect parameter to have scalar type of Float")
+        return forward(self, **given)
+
+    monkeypatch.setattr(type(model), "forward", picky)
+    assert generate(model, SAME_START, 8, dtype=torch.bfloat16).equal(own)
+    assert tried[0] == torch.bfloat16
+    assert set(tried[1:]) == {torch.float32}
+
+
 def test_a_model_that_cannot_write_is_refused() -> None:
     assert not can_generate(Toy())
     message = "Toy has no `generate` of transformers; expected a model that can write text: take a recipe"
